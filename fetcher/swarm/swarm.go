@@ -1,0 +1,266 @@
+package swarm
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+
+	"github.com/anacrolix/torrent"
+	"github.com/anacrolix/torrent/metainfo"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
+
+	"github.com/docker-quay/docker-quay/fetcher/trust"
+)
+
+var (
+	// ErrClosed is the error of a Swarm after Close.
+	ErrClosed = errors.New("the swarm is closed")
+	// ErrExists is the error of Add for a blob that is in the swarm already.
+	ErrExists = errors.New("the blob is in the swarm already")
+	// ErrBadPiece is what a Storage wraps when MarkPiece refuses a piece for its content; see the package comment.
+	ErrBadPiece = errors.New("the piece has the wrong content")
+)
+
+// Storage is where a torrent's pieces are. Offsets are within the blob. All methods must be safe for concurrent use.
+type Storage interface {
+	// ReadAt reads bytes of pieces that are held, as io.ReaderAt.
+	ReadAt(p []byte, off int64) (int, error)
+	// WriteAt writes part of one piece that is not held, as io.WriterAt. When the piece was marked by other means in the
+	// meantime it may return any error; the bytes are then forgotten.
+	WriteAt(p []byte, off int64) (int, error)
+	// Has reports whether piece i is held. It is asked for often and must be quick.
+	Has(i int) bool
+	// MarkPiece makes piece i, now wholly written, a held one, or returns why not. Peer says who supplied it: the node ID
+	// of the peer, or several joined as Suppliers takes them apart.
+	MarkPiece(i int, peer string) error
+}
+
+// Options are what New needs.
+type Options struct {
+	// ID is this node's membership; required.
+	ID *trust.Identity
+	// Listener yields connections whose TLS handshake is done, as trust.Listener.Swarm does. The Swarm closes it. Nil: this
+	// node only dials.
+	Listener net.Listener
+	// UploadLimit and DownloadLimit bound the rates of all torrents together, in bytes of content (up) and of the wire
+	// within TLS (down) per second; nil for no limit. They may be shared and changed while in use. An UploadLimit with a
+	// burst below 16 KiB is given one of 16 KiB.
+	UploadLimit, DownloadLimit *rate.Limiter
+	// Seed lets peers download from this node. Without it not a byte of content is uploaded, at any time.
+	Seed bool
+	// Log receives a warning per peer that is not of the cluster, and the library's warnings at level Debug. Nil: no log.
+	Log *slog.Logger
+}
+
+// Swarm is this node's part in the swarms of all its blobs. It is safe for concurrent use.
+type Swarm struct {
+	id   *trust.Identity
+	self torrent.PeerID
+	tls  *tls.Config
+	down *rate.Limiter
+	seed bool
+	log  *slog.Logger
+	lib  *torrent.Client
+	ln   net.Listener // nil when only dialling
+
+	ctx    context.Context // ends when Close begins
+	cancel context.CancelFunc
+	done   chan struct{} // closed when the library is closed
+
+	mu       sync.Mutex                        // a leaf: nothing else is locked or called while it is held
+	closed   bool                              // guarded by mu
+	torrents map[metainfo.Hash]*Torrent        // guarded by mu
+	conns    map[*conn]struct{}                // open ones; guarded by mu
+	nodes    map[netip.AddrPort]torrent.PeerID // who answered when an address was last dialled; guarded by mu
+	warned   map[string]bool                   // addresses reported as foreign; guarded by mu
+}
+
+// New starts taking part. It owns o.Listener from then on, also when it fails.
+func New(o Options) (*Swarm, error) {
+	if o.ID == nil {
+		return nil, errors.New("a swarm needs an identity: make a cluster secret with `docker quay node secret`")
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Swarm{
+		id:       o.ID,
+		tls:      o.ID.Client(trust.ProtoSwarm),
+		down:     o.DownloadLimit,
+		seed:     o.Seed,
+		log:      o.Log,
+		ln:       o.Listener,
+		done:     make(chan struct{}),
+		torrents: make(map[metainfo.Hash]*Torrent),
+		conns:    make(map[*conn]struct{}),
+		nodes:    make(map[netip.AddrPort]torrent.PeerID),
+		warned:   make(map[string]bool),
+	}
+	var err error
+	if s.self, err = peerIDOf(o.ID.ID()); err != nil {
+		return nil, err
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	if s.lib, err = torrent.NewClient(s.libraryConfig(o)); err != nil {
+		s.cancel()
+		if s.ln != nil {
+			s.ln.Close()
+		}
+		return nil, fmt.Errorf("cannot start BitTorrent: %w", err)
+	}
+	s.lib.AddDialer(dialer{s})
+	if s.ln != nil {
+		s.lib.AddListener(listener{s})
+	}
+	return s, nil
+}
+
+// Add makes the blob known: peers that ask for it are served what st holds, and pieces wanted are downloaded into it.
+// Size and pieceSize are in bytes and above 0. Pieces that st already has count as held and are not read. For pieces
+// that st gets by other means while Add runs, and ever after, call Have. The error wraps ErrExists or ErrClosed.
+func (s *Swarm) Add(d digest.Digest, size, pieceSize int64, st Storage) (*Torrent, error) {
+	if size <= 0 || pieceSize <= 0 {
+		return nil, fmt.Errorf("%s: a blob of %d bytes in pieces of %d cannot be shared", d, size, pieceSize)
+	}
+	info := infoBytes(d, size, pieceSize)
+	t := newTorrent(s, metainfo.HashBytes(info), d, size, pieceSize, st)
+
+	s.mu.Lock()
+	switch {
+	case s.closed:
+		s.mu.Unlock()
+		return nil, fmt.Errorf("%s: %w", d, ErrClosed)
+	case s.torrents[t.infohash] != nil:
+		s.mu.Unlock()
+		return nil, fmt.Errorf("%s: %w", d, ErrExists)
+	}
+	s.torrents[t.infohash] = t // before the library has it, so that its callbacks find it
+	s.mu.Unlock()
+
+	lib, _ := s.lib.AddTorrentOpt(torrent.AddTorrentOpts{
+		InfoHash:  t.infohash,
+		InfoBytes: info,
+		Storage:   pieceStorage{t},
+		ChunkSize: chunkSize,
+		// Completion is always known; were it not, this would keep the library from reading the whole blob.
+		DisableInitialPieceCheck: true,
+	})
+	t.lib = lib
+	if lib.Info() == nil { // the library refused the dictionary; it does not say why
+		lib.Drop()
+		s.forget(t)
+		close(t.stopped) // for a Close that came meanwhile
+		close(t.ready)
+		return nil, fmt.Errorf("%s: BitTorrent cannot share a blob of %d bytes in pieces of %d", d, size, pieceSize)
+	}
+	lib.SetOnWriteChunkError(t.fail)
+	close(t.ready)
+	go t.run()
+	return t, nil
+}
+
+// Close ends all torrents and connections and waits for what was started; at most 10 s, should a Storage hang. The
+// Storages are no longer used when it returned nil. It can be called more than once.
+func (s *Swarm) Close() error {
+	s.mu.Lock()
+	first := !s.closed
+	s.closed = true
+	torrents := make([]*Torrent, 0, len(s.torrents))
+	for _, t := range s.torrents {
+		torrents = append(torrents, t)
+	}
+	s.mu.Unlock()
+	if first {
+		s.cancel()
+		go func() {
+			defer close(s.done)
+			for _, t := range torrents {
+				t.quit()
+			}
+			s.lib.Close()
+		}()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	var err error
+	select {
+	case <-s.done:
+	case <-ctx.Done():
+		err = fmt.Errorf("the swarm did not close in %v: a storage does not answer", closeTimeout)
+	}
+	for _, c := range s.openConns() {
+		c.Close()
+	}
+	if s.ln != nil {
+		s.ln.Close()
+	}
+	return err
+}
+
+func (s *Swarm) openConns() []*conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make([]*conn, 0, len(s.conns))
+	for c := range s.conns {
+		all = append(all, c)
+	}
+	return all
+}
+
+// torrent is the torrent of an infohash, nil if there is none.
+func (s *Swarm) torrent(h metainfo.Hash) *Torrent {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.torrents[h]
+}
+
+func (s *Swarm) forget(t *Torrent) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.torrents[t.infohash] == t {
+		delete(s.torrents, t.infohash)
+	}
+}
+
+// onPeer is called by the library, under its lock, when a connection has joined a torrent.
+func (s *Swarm) onPeer(pc *torrent.PeerConn) {
+	// No extensions: metadata is derived, peer exchange is off, and hole punching has nodes dial on a peer's word.
+	pc.LocalLtepProtocolMap = &torrent.LocalLtepProtocolMap{}
+	if t := s.torrent(pc.Torrent().InfoHash()); t != nil {
+		t.wake()
+	}
+}
+
+// onData is called by the library, under its lock, for each chunk that was of use, before it is written.
+func (s *Swarm) onData(e torrent.ReceivedUsefulDataEvent) {
+	pc, ok := e.Peer.TryAsPeerConn()
+	if !ok {
+		return
+	}
+	if t := s.torrent(e.Peer.Torrent().InfoHash()); t != nil {
+		t.supplied(int(e.Message.Index), pc.PeerID, int64(len(e.Message.Piece)))
+	}
+}
+
+// peerIDPrefix begins the BitTorrent peer ID of every node; the 16 bytes of the node ID follow.
+const peerIDPrefix = "QY1-"
+
+func peerIDOf(node string) (id torrent.PeerID, err error) {
+	raw, err := hex.DecodeString(node)
+	if err != nil || len(raw) != len(id)-len(peerIDPrefix) {
+		return id, fmt.Errorf("%q is not a node ID", node)
+	}
+	copy(id[copy(id[:], peerIDPrefix):], raw)
+	return id, nil
+}
+
+func nodeOf(id torrent.PeerID) string {
+	return hex.EncodeToString(id[len(peerIDPrefix):])
+}
