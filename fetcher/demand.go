@@ -1,0 +1,299 @@
+package fetcher
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/docker-quay/docker-quay/fetcher/cluster"
+	"github.com/docker-quay/docker-quay/fetcher/store"
+)
+
+// Priority orders reads: who waits for them decides what they may hold back.
+type Priority int
+
+// The priorities, lowest first.
+const (
+	// Background is the fetch of everything that nobody waits for.
+	Background Priority = iota
+	// Prefetch is what will likely be read soon.
+	Prefetch
+	// Demand is what somebody waits for now.
+	Demand
+)
+
+const (
+	// maxFlight is the most bytes one demand request covers.
+	maxFlight = 2 << 20
+	// hedgeAfter is how long a peer may take for a demand read before the
+	// registry is asked as well: well over the 65 ms that a peer with a busy
+	// 200 Mbit/s link needs, well under what a person notices.
+	hedgeAfter = 150 * time.Millisecond
+	// joinWithin is how long the first read of a blob waits to learn which
+	// peers have it.
+	joinWithin = 200 * time.Millisecond
+	// flightTries is how often a demand read is tried before its error is
+	// handed to the reader; the registry client retries below that.
+	flightTries = 3
+)
+
+// flight is the fetch of a row of pieces that somebody waits for.
+type flight struct {
+	first, last int
+	done        chan struct{}
+	err         error // set before done is closed
+}
+
+// need makes the pieces first to last held, or says why they cannot be.
+func (d *download) need(ctx context.Context, first, last int, prio Priority) error {
+	for try := 0; ; try++ {
+		if d.holds(first, last) {
+			return nil
+		}
+		var wait []*flight
+		d.mu.Lock()
+		if d.stopped {
+			d.mu.Unlock()
+			return fmt.Errorf("%s: %w", d.what(), ErrClosed)
+		}
+		if !d.noPeers && !d.joined && d.run == nil {
+			d.mu.Unlock()
+			jctx, cancel := context.WithTimeout(ctx, joinWithin)
+			d.join(jctx)
+			cancel()
+			d.mu.Lock()
+		}
+		per := max(int(maxFlight/d.st.PieceSize()), 1)
+		for i := first; i <= last; i++ {
+			fl := d.flights[i]
+			if fl == nil && !d.st.Has(i) {
+				end := i
+				for end < last && end-i+1 < per && d.flights[end+1] == nil && !d.st.Has(end+1) {
+					end++
+				}
+				fl = &flight{first: i, last: end, done: make(chan struct{})}
+				for j := i; j <= end; j++ {
+					d.flights[j] = fl
+				}
+				d.wg.Go(func() { d.fly(fl, prio) })
+			}
+			if fl != nil && (len(wait) == 0 || wait[len(wait)-1] != fl) {
+				wait = append(wait, fl)
+			}
+		}
+		d.mu.Unlock()
+		var err error
+		for _, fl := range wait {
+			select {
+			case <-fl.done:
+				if fl.err != nil {
+					err = fl.err
+				}
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		if err != nil && try+1 >= flightTries {
+			return err
+		}
+	}
+}
+
+func (d *download) holds(first, last int) bool {
+	for i := first; i <= last; i++ {
+		if !d.st.Has(i) {
+			return false
+		}
+	}
+	return true
+}
+
+// fly fetches one flight. It outlives the reader that began it, whose context
+// may end while others wait for the same pieces; the sources bound it.
+func (d *download) fly(fl *flight, prio Priority) {
+	if prio == Demand {
+		d.f.demand.Add(1)
+		defer d.f.demand.Add(-1)
+	}
+	fl.err = d.race(d.ctx, fl)
+	d.mu.Lock()
+	for i := fl.first; i <= fl.last; i++ {
+		delete(d.flights, i)
+	}
+	d.mu.Unlock()
+	close(fl.done)
+}
+
+// race asks the nearest holder, then the registry as well when that one is slow
+// or fails. The first to have the bytes wins.
+func (d *download) race(ctx context.Context, fl *flight) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	d.mu.Lock()
+	source := d.origin
+	if d.originErr != nil && d.originRetry.IsZero() || d.noRange {
+		source = nil
+	}
+	peers := d.holdersOf(fl)
+	bulk := d.run != nil
+	d.mu.Unlock()
+
+	results := make(chan error, 1+len(peers))
+	running := 0
+	ask := func(f func() error) {
+		running++
+		go func() { results <- f() }()
+	}
+	askOrigin := func() {
+		s := source
+		source = nil
+		ask(func() error { return d.demandOrigin(ctx, s, fl) })
+	}
+	next := func() bool {
+		switch {
+		case len(peers) > 0:
+			m := peers[0]
+			peers = peers[1:]
+			ask(func() error { return d.demandPeer(ctx, m, fl) })
+		case source != nil:
+			askOrigin()
+		default:
+			return false
+		}
+		return true
+	}
+	if !next() {
+		if !bulk {
+			return fmt.Errorf("%s: %w", d.what(), ErrNoSource)
+		}
+		return d.await(ctx, fl)
+	}
+	hedge := time.NewTimer(hedgeAfter)
+	defer hedge.Stop()
+	var last error
+	for running > 0 {
+		select {
+		case err := <-results:
+			running--
+			if err == nil || d.holds(fl.first, fl.last) {
+				return nil
+			}
+			last = err
+			if isLocal(err) {
+				return err
+			}
+			next()
+		case <-hedge.C:
+			if source != nil {
+				askOrigin()
+			} else {
+				next()
+			}
+		}
+	}
+	return last
+}
+
+// await waits for the bulk fetch to bring a flight's pieces.
+func (d *download) await(ctx context.Context, fl *flight) error {
+	d.mu.Lock()
+	done := d.done
+	tor := d.tor
+	d.mu.Unlock()
+	if tor != nil {
+		for i := fl.first; i <= fl.last; i++ {
+			tor.Want(i)
+		}
+	}
+	for {
+		changed := d.st.Changed()
+		if d.holds(fl.first, fl.last) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-done:
+			d.mu.Lock()
+			err := d.err
+			d.mu.Unlock()
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// holdersOf returns up to two participants that hold a flight, in random order.
+// Called with d.mu held.
+func (d *download) holdersOf(fl *flight) []cluster.Member {
+	per := int(cluster.SegmentSize / d.st.PieceSize())
+	now := time.Now()
+	var ms []cluster.Member
+	for _, p := range d.parts {
+		if d.banned[p.ID] || now.Sub(p.heard) > silentAfter && !p.Complete() {
+			continue
+		}
+		all := p.Complete()
+		for s := fl.first / per; !all && s <= fl.last/per && p.Held.Has(s); s++ {
+			all = s == fl.last/per
+		}
+		if all {
+			ms = append(ms, p.Member)
+		}
+	}
+	rand.Shuffle(len(ms), func(a, b int) { ms[a], ms[b] = ms[b], ms[a] })
+	return ms[:min(len(ms), 2)]
+}
+
+func (d *download) flightRange(fl *flight) (off, n int64) {
+	off, _ = d.st.PieceRange(fl.first)
+	lastOff, lastLen := d.st.PieceRange(fl.last)
+	return off, lastOff + lastLen - off
+}
+
+func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight) error {
+	off, n := d.flightRange(fl)
+	p := make([]byte, n)
+	if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off); err != nil {
+		if errors.Is(err, cluster.ErrNotHeld) {
+			d.mu.Lock()
+			delete(d.parts, m.ID) // until it says again what it has
+			d.mu.Unlock()
+		}
+		return err
+	}
+	return d.putAll(fl, p, store.Peer, m.ID)
+}
+
+func (d *download) demandOrigin(ctx context.Context, source Origin, fl *flight) error {
+	off, n := d.flightRange(fl)
+	s, err := source.Open(ctx, d.desc, off, n)
+	if err != nil {
+		return fmt.Errorf("%s: %w", d.what(), err)
+	}
+	defer s.Close()
+	if s.Whole() {
+		d.mu.Lock()
+		d.noRange = true
+		bulk := d.run != nil
+		d.mu.Unlock()
+		if bulk {
+			return d.await(ctx, fl)
+		}
+		return d.take(ctx, s, 0, d.pieces, true)
+	}
+	return d.take(ctx, s, fl.first, fl.last+1, true)
+}
+
+func (d *download) putAll(fl *flight, p []byte, src store.Source, peer string) error {
+	for i := fl.first; i <= fl.last; i++ {
+		_, n := d.st.PieceRange(i)
+		if err := d.put(i, p[:n], src, peer); err != nil {
+			return fmt.Errorf("%w: %w", errLocal, err)
+		}
+		p = p[n:]
+	}
+	return nil
+}

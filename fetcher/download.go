@@ -1,0 +1,386 @@
+package fetcher
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/distribution/reference"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/docker-quay/docker-quay/fetcher/cluster"
+	"github.com/docker-quay/docker-quay/fetcher/store"
+	"github.com/docker-quay/docker-quay/fetcher/swarm"
+)
+
+// State is where the fetch of a blob stands.
+type State string
+
+// The states of a fetch and how they follow each other:
+//
+//	waiting → fetching → verifying → complete
+//	               ↑         │ mismatch: suspect pieces are dropped
+//	               └─────────┘
+//	any of the first three → failed; failed → fetching by a new handle
+const (
+	Waiting   State = "waiting"
+	Fetching  State = "fetching"
+	Verifying State = "verifying"
+	Complete  State = "complete"
+	Failed    State = "failed"
+)
+
+// follows is the transition table above.
+var follows = map[State][]State{
+	Waiting:   {Fetching, Verifying, Complete, Failed},
+	Fetching:  {Verifying, Complete, Failed, Waiting},
+	Verifying: {Complete, Fetching, Failed, Waiting},
+	Failed:    {Fetching, Waiting},
+	Complete:  {},
+}
+
+// download is the shared state of one blob in this process: what its handles,
+// the scheduler and the swarm work on.
+type download struct {
+	f       *Fetcher
+	log     *slog.Logger
+	desc    ocispec.Descriptor
+	st      *store.Blob
+	noPeers bool
+	pieces  int
+	segs    int
+
+	ctx    context.Context // ends with the download
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // everything that works on the download
+
+	kick chan struct{} // capacity 1: something the scheduler may act on
+
+	fromOrigin, fromPeers, fromCache atomic.Int64 // bytes
+	readUp                           atomic.Int64 // bytes given to peers by ranged reads
+	lastPiece                        atomic.Int64 // unix nanoseconds of the last arrival
+	lastPeerPiece                    atomic.Int64
+
+	mu       sync.Mutex // guards following
+	refs     int
+	stopped  bool
+	state    State
+	err      error         // why it failed
+	done     chan struct{} // closed when complete or failed; made anew by a restart
+	run      *run          // nil while nothing is fetched
+	note     string
+	name     string // of an image it belongs to, for messages
+	touched  time.Time
+	announce bool // an announcement is under way
+
+	origin      Origin
+	originErr   error     // the last error of origin
+	originRetry time.Time // when it may be asked again; zero with originErr set: never
+	originFails int
+	noRange     bool // the registry answers 200 to ranges
+	workers     int  // registry streams of the bulk fetch
+
+	claims   map[int]bool            // segments being fetched from the registry
+	flights  map[int]*flight         // pieces being fetched because somebody waits
+	parts    map[string]*participant // members that take part, by node ID
+	supplier map[int]supplier        // who gave a piece of the current attempt
+	banned   map[string]bool         // node IDs
+	suspects []string                // node IDs whose pieces another peer had otherwise
+	wanted   map[int]bool            // pieces asked of the swarm
+	ownDone  time.Time               // since when nothing of the own share is left
+	believed string                  // node ID of the peer that was believed last
+	attempts int                     // digest mismatches so far
+	joined   bool
+	tor      *swarm.Torrent
+}
+
+// supplier names who gave a piece: a node ID, or "" when that is not known.
+type supplier = string
+
+// run is one activity of the scheduler, from Fetch to the end or a failure.
+type run struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+func newDownload(f *Fetcher, desc ocispec.Descriptor, st *store.Blob, noPeers bool) *download {
+	d := &download{
+		f: f, desc: desc, st: st,
+		log:      f.log.With("blob", desc.Digest),
+		noPeers:  noPeers || f.cluster == nil,
+		pieces:   st.Pieces(),
+		segs:     cluster.Segments(desc.Size),
+		kick:     make(chan struct{}, 1),
+		refs:     1,
+		state:    Waiting,
+		done:     make(chan struct{}),
+		touched:  time.Now(),
+		claims:   map[int]bool{},
+		flights:  map[int]*flight{},
+		parts:    map[string]*participant{},
+		supplier: map[int]supplier{},
+		banned:   map[string]bool{},
+		wanted:   map[int]bool{},
+	}
+	d.ctx, d.cancel = context.WithCancel(f.ctx)
+	d.fromCache.Store(st.Have())
+	if st.Complete() {
+		d.state = Complete
+		close(d.done)
+	}
+	return d
+}
+
+func (d *download) setState(s State) {
+	if d.state == s {
+		return
+	}
+	for _, t := range follows[d.state] {
+		if t == s {
+			d.state = s
+			return
+		}
+	}
+	panic(fmt.Sprintf("fetcher: %s: %s cannot follow %s", d.desc.Digest, s, d.state))
+}
+
+// retain takes a reference; false when the download has stopped.
+func (d *download) retain() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopped {
+		return false
+	}
+	d.refs++
+	d.touched = time.Now()
+	return true
+}
+
+// release drops a reference. Without any, a fetch stops where it is, and only a
+// complete blob that is in the swarm stays.
+func (d *download) release() {
+	d.mu.Lock()
+	d.refs--
+	d.touched = time.Now()
+	keep := d.refs > 0 || d.tor != nil && d.state == Complete && !d.f.o.NoSeed
+	d.mu.Unlock()
+	if !keep {
+		d.stopIfIdle(0)
+	}
+}
+
+func (d *download) dead() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.stopped
+}
+
+func (d *download) idleFor() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.refs > 0 || d.stopped {
+		return 0
+	}
+	return time.Since(d.touched)
+}
+
+// stopIfIdle stops the download when nobody has used it for at least the given
+// time.
+func (d *download) stopIfIdle(idle time.Duration) {
+	d.mu.Lock()
+	if d.stopped || d.refs > 0 || time.Since(d.touched) < idle {
+		d.mu.Unlock()
+		return
+	}
+	d.stopped = true
+	d.mu.Unlock()
+	d.shut()
+}
+
+// stop ends the download whoever holds it; for Fetcher.Close.
+func (d *download) stop() {
+	d.mu.Lock()
+	if d.stopped {
+		d.mu.Unlock()
+		return
+	}
+	d.stopped = true
+	d.mu.Unlock()
+	d.shut()
+}
+
+// shut releases what the download holds. Its pieces stay on disk.
+func (d *download) shut() {
+	d.mu.Lock()
+	d.run = nil
+	if d.state != Complete && d.state != Failed {
+		d.err = ErrClosed
+		d.setState(Failed)
+		close(d.done)
+	}
+	tor := d.tor
+	d.tor = nil
+	d.mu.Unlock()
+	d.cancel()
+	d.wg.Wait()
+	if tor != nil {
+		tor.Drop()
+	}
+	d.f.forget(d)
+	if err := d.st.Close(); err != nil {
+		d.log.Warn("closing a blob", "err", err)
+	}
+}
+
+// offer gives the download a registry to ask (nil: none) and clears what an
+// earlier one refused.
+func (d *download) offer(ref reference.Named, o Origin) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if ref != nil {
+		d.name = ref.String()
+	}
+	if o != nil {
+		d.origin, d.originErr, d.originRetry, d.originFails = o, nil, time.Time{}, 0
+	}
+	if d.state == Failed && !d.stopped {
+		d.err = nil
+		d.done = make(chan struct{})
+		d.setState(Waiting)
+	}
+	d.poke()
+}
+
+// poke wakes the scheduler.
+func (d *download) poke() {
+	select {
+	case d.kick <- struct{}{}:
+	default:
+	}
+}
+
+// start begins the background fetch unless it runs or is over.
+func (d *download) start() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopped || d.run != nil || d.state == Complete || d.state == Failed {
+		return
+	}
+	d.setState(Fetching)
+	d.startRun()
+}
+
+// startRun sets scheduler and verifier going. Called with d.mu held.
+func (d *download) startRun() {
+	r := &run{}
+	r.ctx, r.cancel = context.WithCancel(d.ctx)
+	d.run = r
+	now := time.Now().UnixNano()
+	d.lastPiece.Store(now)
+	d.lastPeerPiece.Store(now)
+	d.wg.Go(func() { d.schedule(r) })
+	d.wg.Go(func() { d.verify(r) })
+}
+
+// fail ends the fetch with err; nil-safe against a fetch that is over already.
+func (d *download) fail(r *run, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.run != r || d.state == Complete || d.state == Failed {
+		return
+	}
+	if !errors.Is(err, context.Canceled) {
+		d.log.Warn("fetch failed", "err", err)
+	}
+	d.err = err
+	d.setState(Failed)
+	d.run = nil
+	close(d.done)
+	r.cancel()
+}
+
+// complete ends the fetch well: the digest was checked.
+func (d *download) complete(r *run) {
+	d.mu.Lock()
+	if d.run != r {
+		d.mu.Unlock()
+		return
+	}
+	d.setState(Complete)
+	d.note = ""
+	d.run = nil
+	d.supplier = map[int]supplier{}
+	d.claims = map[int]bool{}
+	close(d.done)
+	d.mu.Unlock()
+	// Members learn it now rather than from a HAVE at a time.
+	d.announceNow(d.ctx)
+	r.cancel()
+}
+
+// put writes one whole piece that came from the registry or by a ranged read
+// from a peer ("" for the registry).
+func (d *download) put(i int, p []byte, src store.Source, peer string) error {
+	if d.st.Has(i) {
+		return nil
+	}
+	off, _ := d.st.PieceRange(i)
+	if _, err := d.st.WriteAt(p, off); err != nil {
+		if errors.Is(err, store.ErrHeld) {
+			return nil
+		}
+		return fmt.Errorf("%s: %w", d.what(), err)
+	}
+	if d.st.Has(i) {
+		return nil
+	}
+	if err := d.st.MarkPiece(i, src); err != nil {
+		return fmt.Errorf("%s: %w", d.what(), err)
+	}
+	d.arrived(i, len(p), src, peer)
+	if tor := d.torrent(); tor != nil {
+		tor.Have(i)
+	}
+	return nil
+}
+
+// arrived accounts for a new piece.
+func (d *download) arrived(i, n int, src store.Source, peer string) {
+	now := time.Now().UnixNano()
+	d.lastPiece.Store(now)
+	d.mu.Lock()
+	delete(d.wanted, i)
+	if src == store.Peer {
+		d.supplier[i] = peer
+		d.fromPeers.Add(int64(n))
+		d.lastPeerPiece.Store(now)
+	} else {
+		d.fromOrigin.Add(int64(n))
+	}
+	d.mu.Unlock()
+	d.poke()
+}
+
+func (d *download) torrent() *swarm.Torrent {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.tor
+}
+
+// what names the blob for a person.
+func (d *download) what() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.whatLocked()
+}
+
+func (d *download) whatLocked() string {
+	if d.name == "" {
+		return "blob " + d.desc.Digest.String()
+	}
+	return fmt.Sprintf("layer %s of %s", d.desc.Digest, d.name)
+}
