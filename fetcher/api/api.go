@@ -1,0 +1,157 @@
+// Package api is the node's local API: HTTP and JSON over a unix socket, as
+// between docker and its engine. The node daemon serves it; `docker quay` is its
+// client. With it a pull uses the node's store, its place in the swarm and its
+// snapshotter, and what was fetched outlives the command.
+//
+// # Sessions
+//
+// A client resolves an image with its own registry credentials and gets a
+// session: the right to read that image from the node. The registry decides:
+// the node asks it with those credentials before it serves anything, whatever
+// its store holds. The credentials stay in memory with the session. A session
+// ends by Close, when its client's connection to the resolve is long gone
+// (sessionIdle), or with the daemon.
+//
+// # Who may connect
+//
+// The socket belongs to root and a group; the kernel names the user at the
+// other end, for the log and for one rule: an image whose registry cannot be
+// reached is served from what the node saw only to root, to whom the node
+// belongs, when the image is public, or when the same credential was accepted
+// for it before.
+package api
+
+import (
+	"errors"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/docker-quay/docker-quay/fetcher"
+	"github.com/docker-quay/docker-quay/fetcher/cluster"
+	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/store"
+)
+
+// DefaultSocket is where the node daemon listens.
+const DefaultSocket = "/run/quay/quay.sock"
+
+const (
+	// sessionIdle is how long a session lives after its last request.
+	sessionIdle = 15 * time.Minute
+	// maxSessions bounds the sessions of a node; beyond it resolving fails.
+	maxSessions = 256
+	// maxRequest bounds a request's body in bytes.
+	maxRequest = 1 << 20
+)
+
+// Status is what the node says of itself.
+type Status struct {
+	Version string `json:"version"`
+	NodeID  string `json:"node_id,omitempty"`
+	// Addr is where other nodes reach it; empty without a cluster secret.
+	Addr  string           `json:"addr,omitempty"`
+	Peers []cluster.Member `json:"peers,omitempty"`
+	// Snapshotter is the socket of its snapshotter, Mirror the address of its
+	// registry mirror; empty when off.
+	Snapshotter string      `json:"snapshotter,omitempty"`
+	Mirror      string      `json:"mirror,omitempty"`
+	Store       store.Usage `json:"store"`
+}
+
+// Credential is a registry login of the client's.
+type Credential struct {
+	// Username is empty when Secret is an identity token.
+	Username string `json:"username,omitempty"`
+	Secret   string `json:"secret,omitempty"`
+}
+
+// ImageRequest asks for a session.
+type ImageRequest struct {
+	// Ref is the reference in its full form.
+	Ref string `json:"ref"`
+	// Platform is OS/ARCH[/VARIANT]; the zero value is the node's.
+	Platform ocispec.Platform `json:"platform,omitzero"`
+	// Insecure allows plain HTTP and unverified TLS to the image's registry.
+	Insecure bool `json:"insecure,omitempty"`
+	// SkipWebSeed takes the layers from peers only.
+	SkipWebSeed bool `json:"skip_web_seed,omitempty"`
+	// Credentials are by registry host, as the docker configuration names it.
+	Credentials map[string]Credential `json:"credentials,omitempty"`
+	// Pin protects the image from eviction until it is unpinned.
+	Pin bool `json:"pin,omitempty"`
+}
+
+// Credential returns the login for a registry's host, as origin.Options wants
+// it: Docker Hub, which has several names, is under "docker.io".
+func (r *ImageRequest) Credential(host string) (username, secret string, err error) {
+	switch host {
+	case "registry-1.docker.io", "index.docker.io":
+		host = "docker.io"
+	}
+	c := r.Credentials[host]
+	return c.Username, c.Secret, nil
+}
+
+// Image is a resolved image as a session tells it.
+type Image struct {
+	Session  string               `json:"session"`
+	Ref      string               `json:"ref"`
+	Target   ocispec.Descriptor   `json:"target"`
+	Manifest ocispec.Descriptor   `json:"manifest"`
+	Config   ocispec.Descriptor   `json:"config"`
+	Layers   []ocispec.Descriptor `json:"layers"`
+	Note     string               `json:"note,omitempty"`
+}
+
+// fault is an error on the wire.
+type fault struct {
+	Kind    string `json:"kind,omitempty"`
+	Message string `json:"message"`
+}
+
+// kinds are the errors that keep their identity across the socket.
+var kinds = []struct {
+	kind string
+	err  error
+}{
+	{"not_found", origin.ErrNotFound},
+	{"denied", origin.ErrDenied},
+	{"tls", origin.ErrTLS},
+	{"rate_limited", origin.ErrRateLimited},
+	{"unavailable", origin.ErrUnavailable},
+	{"no_source", fetcher.ErrNoSource},
+	{"no_platform", fetcher.ErrNoPlatform},
+	{"unsupported", fetcher.ErrUnsupported},
+	{"mismatch", fetcher.ErrMismatch},
+	{"mismatch", origin.ErrMismatch},
+	{"quota", store.ErrQuota},
+	{"no_space", store.ErrNoSpace},
+}
+
+func faultOf(err error) fault {
+	for _, k := range kinds {
+		if errors.Is(err, k.err) {
+			return fault{k.kind, err.Error()}
+		}
+	}
+	return fault{Message: err.Error()}
+}
+
+// remoteError is a node's error at the client.
+type remoteError struct {
+	message string
+	kind    error
+}
+
+func (e *remoteError) Error() string { return e.message }
+func (e *remoteError) Unwrap() error { return e.kind }
+
+func (f fault) err() error {
+	for _, k := range kinds {
+		if k.kind == f.Kind {
+			return &remoteError{f.Message, k.err}
+		}
+	}
+	return errors.New(f.Message)
+}
