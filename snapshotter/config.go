@@ -1,0 +1,253 @@
+package snapshotter
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/docker-quay/docker-quay/fetcher/trust"
+)
+
+// DefaultConfigPath is where the daemon looks for its configuration. The file need not exist.
+const DefaultConfigPath = "/etc/quay/config.toml"
+
+// ErrConfig is matched by every error about what a configuration says.
+var ErrConfig = errors.New("the configuration is wrong")
+
+// Config is everything that can be set on a node. The commented sample in package
+// install has the meaning of each key; its values are those of DefaultConfig.
+type Config struct {
+	Root        string            `toml:"root"`  // store and snapshots
+	State       string            `toml:"state"` // sockets
+	Snapshotter SnapshotterConfig `toml:"snapshotter"`
+	Store       StoreConfig       `toml:"store"`
+	Peers       PeersConfig       `toml:"peers"`
+	Limits      LimitsConfig      `toml:"limits"`
+	Origin      OriginConfig      `toml:"origin"`
+	Mirror      MirrorConfig      `toml:"mirror"`
+	Metrics     MetricsConfig     `toml:"metrics"`
+	Log         LogConfig         `toml:"log"`
+	API         APIConfig         `toml:"api"`
+}
+
+// SnapshotterConfig is [snapshotter].
+type SnapshotterConfig struct {
+	Socket string `toml:"socket"` // containerd's proxy plugin address
+	Lazy   bool   `toml:"lazy"`   // false: every layer is unpacked
+}
+
+// StoreConfig is [store].
+type StoreConfig struct {
+	Quota Size `toml:"quota"` // 0: no bound
+}
+
+// PeersConfig is [peers].
+type PeersConfig struct {
+	SecretFile string          `toml:"secret_file"` // no such file: no peers
+	Listen     string          `toml:"listen"`      // address without port
+	Ports      trust.PortRange `toml:"ports"`
+	Advertise  string          `toml:"advertise"` // "": found out
+	Peers      []string        `toml:"peers"`     // host or host:port
+	Seed       bool            `toml:"seed"`
+}
+
+// LimitsConfig is [limits]. 0 is no limit.
+type LimitsConfig struct {
+	Upload   Rate `toml:"upload"`
+	Download Rate `toml:"download"`
+}
+
+// OriginConfig is [origin].
+type OriginConfig struct {
+	DockerConfig string   `toml:"docker_config"` // folder with config.json; "": docker's default
+	HostDirs     []string `toml:"host_dirs"`
+	Insecure     []string `toml:"insecure"` // host or host:port
+}
+
+// MirrorConfig is [mirror].
+type MirrorConfig struct {
+	Listen string `toml:"listen"` // "": off
+}
+
+// MetricsConfig is [metrics].
+type MetricsConfig struct {
+	Listen string `toml:"listen"` // "": off
+}
+
+// LogConfig is [log].
+type LogConfig struct {
+	Level  string `toml:"level"`  // debug, info, warn, error
+	Format string `toml:"format"` // text, json
+}
+
+// APIConfig is [api].
+type APIConfig struct {
+	Socket string `toml:"socket"`
+	Group  string `toml:"group"` // of the socket, when it exists
+}
+
+// DefaultConfig is what holds without a file.
+func DefaultConfig() Config {
+	return Config{
+		Root:        "/var/lib/quay",
+		State:       "/run/quay",
+		Snapshotter: SnapshotterConfig{Socket: "/run/quay/snapshotter.sock", Lazy: true},
+		Peers: PeersConfig{
+			SecretFile: "/etc/quay/cluster.secret",
+			Listen:     "0.0.0.0",
+			Ports:      trust.PortRange{First: 6881, Last: 6889}, // BitTorrent's customary ports
+			Peers:      []string{},
+			Seed:       true,
+		},
+		Origin: OriginConfig{
+			HostDirs: []string{"/etc/quay/certs.d", "/etc/containerd/certs.d", "/etc/docker/certs.d"},
+			Insecure: []string{},
+		},
+		Mirror: MirrorConfig{Listen: "127.0.0.1:6880"}, // the port below those of the peers
+		Log:    LogConfig{Level: "info", Format: "text"},
+		API:    APIConfig{Socket: "/run/quay/quay.sock", Group: "docker"},
+	}
+}
+
+// LoadConfig reads and checks the file at path; what it does not set keeps its default. When the
+// file need not exist, mustExist is false. Errors name the file, and the line where there is one.
+func LoadConfig(path string, mustExist bool) (Config, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) && !mustExist {
+		return DefaultConfig(), nil
+	}
+	if err != nil {
+		return Config{}, fmt.Errorf("the configuration cannot be read: %w", err)
+	}
+	cfg, err := ParseConfig(text)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return cfg, nil
+}
+
+// ParseConfig reads and checks a configuration in TOML. Every error matches ErrConfig.
+func ParseConfig(text []byte) (Config, error) {
+	cfg := DefaultConfig()
+	d := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
+	if err := d.Decode(&cfg); err != nil {
+		return Config{}, configError(err)
+	}
+	if err := cfg.Validate(); err != nil {
+		return Config{}, err
+	}
+	return cfg, nil
+}
+
+// configError turns the decoder's errors into "line N: key K: …", one line each.
+func configError(err error) error {
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) {
+		lines := make([]string, 0, len(strict.Errors))
+		for _, e := range strict.Errors {
+			row, _ := e.Position()
+			lines = append(lines, fmt.Sprintf("line %d: there is no key %s", row, strings.Join(e.Key(), ".")))
+		}
+		return fmt.Errorf("%w: %s", ErrConfig, strings.Join(lines, "; "))
+	}
+	var at *toml.DecodeError
+	if errors.As(err, &at) {
+		row, _ := at.Position()
+		what := strings.TrimPrefix(at.Error(), "toml: ")
+		if key := strings.Join(at.Key(), "."); key != "" {
+			what = key + ": " + what
+		}
+		return fmt.Errorf("%w: line %d: %s", ErrConfig, row, what)
+	}
+	return fmt.Errorf("%w: %s", ErrConfig, strings.TrimPrefix(err.Error(), "toml: "))
+}
+
+// Validate checks what the types cannot. The error names every key that is wrong, and matches ErrConfig.
+func (c *Config) Validate() error {
+	var bad []string
+	wrong := func(key, format string, args ...any) {
+		bad = append(bad, key+": "+fmt.Sprintf(format, args...))
+	}
+	for _, p := range []struct{ key, path string }{
+		{"root", c.Root}, {"state", c.State}, {"snapshotter.socket", c.Snapshotter.Socket}, {"api.socket", c.API.Socket},
+		{"peers.secret_file", c.Peers.SecretFile},
+	} {
+		if !filepath.IsAbs(p.path) {
+			wrong(p.key, "%q is not an absolute path", p.path)
+		}
+	}
+	for _, s := range []struct{ key, path string }{{"snapshotter.socket", c.Snapshotter.Socket}, {"api.socket", c.API.Socket}} {
+		// sun_path of unix(7) has 108 bytes, the last of them zero.
+		if len(s.path) > 107 {
+			wrong(s.key, "%q is longer than the 107 bytes a socket's path may have", s.path)
+		}
+	}
+	if strings.ContainsAny(c.Root, ",:\\\"") {
+		wrong("root", "%q has a comma, a colon, a quote or a backslash, which overlayfs cannot take in a path", c.Root)
+	}
+	if c.Snapshotter.Socket == c.API.Socket {
+		wrong("api.socket", "is the same as snapshotter.socket")
+	}
+	if net.ParseIP(c.Peers.Listen) == nil {
+		wrong("peers.listen", "%q is not an IP address; the ports are set by peers.ports", c.Peers.Listen)
+	}
+	if _, err := netip.ParseAddrPort(c.Peers.Advertise); c.Peers.Advertise != "" && err != nil {
+		wrong("peers.advertise", "%q is not an IP address and port, such as \"192.0.2.7:6881\"", c.Peers.Advertise)
+	}
+	for _, p := range c.Peers.Peers {
+		if p == "" || strings.ContainsAny(p, "/ ,") {
+			wrong("peers.peers", "%q is not a host or host:port", p)
+		}
+	}
+	for _, h := range c.Origin.Insecure {
+		if h == "" || strings.ContainsAny(h, "/ ,") {
+			wrong("origin.insecure", "%q is not a host or host:port", h)
+		}
+	}
+	for _, d := range c.Origin.HostDirs {
+		if !filepath.IsAbs(d) {
+			wrong("origin.host_dirs", "%q is not an absolute path", d)
+		}
+	}
+	if host, ok := listenHost(c.Mirror.Listen); c.Mirror.Listen != "" {
+		switch {
+		case !ok:
+			wrong("mirror.listen", "%q is not an address and port, such as \"127.0.0.1:6880\"", c.Mirror.Listen)
+		case !net.ParseIP(host).IsLoopback():
+			wrong("mirror.listen", "%q is not a loopback address: the mirror asks nobody for a password", c.Mirror.Listen)
+		}
+	}
+	if _, ok := listenHost(c.Metrics.Listen); c.Metrics.Listen != "" && !ok {
+		wrong("metrics.listen", "%q is not an address and port, such as \"127.0.0.1:6870\"", c.Metrics.Listen)
+	}
+	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {
+		wrong("log.level", "%q is none of %s", c.Log.Level, strings.Join(levels, ", "))
+	}
+	if formats := []string{"text", "json"}; !slices.Contains(formats, c.Log.Format) {
+		wrong("log.format", "%q is none of %s", c.Log.Format, strings.Join(formats, ", "))
+	}
+	if bad == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %s", ErrConfig, strings.Join(bad, "; "))
+}
+
+// listenHost splits an address to listen on, of an IP address and a port.
+func listenHost(addr string) (host string, ok bool) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil || port == "" {
+		return "", false
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil {
+		return "", false
+	}
+	return host, net.ParseIP(host) != nil
+}

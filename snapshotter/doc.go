@@ -1,0 +1,17 @@
+// Package snapshotter is the node daemon, containerd-quay-grpc, without its main:
+// the configuration file, containerd's snapshots API on a unix socket, and the start and end of
+// everything that runs on a node.
+//
+//	Config        what /etc/quay/config.toml says
+//	OpenSnapshots the snapshotter: overlayfs, with layers mounted by package lazy
+//	Server        the snapshots API over it, on a socket
+//	Node          fetcher, mirror and node API (node.go)
+//	Run           all of them together, until a signal
+//
+// The snapshotter keeps its state in <root>/snapshotter: metadata.db, one folder for each
+// snapshot, and a lock that a second daemon on the same folder stumbles over.
+//
+// It promises that a start never fails over a single snapshot: lazy mounts of the
+// former daemon are made again side by side while the API is already
+// served, and one that cannot be made is tried again each time containerd asks for it.
+package snapshotter
