@@ -73,7 +73,7 @@ func (b *Blob) Prefetch(ctx context.Context, off, n int64) error {
 	for n > 0 {
 		part := min(n, maxFlight)
 		first, last := b.d.piecesOf(off, part)
-		b.d.f.yield(ctx, yieldFor)
+		b.d.f.yield(ctx, 0, yieldWaited)
 		if err := b.d.need(ctx, first, last, Prefetch); err != nil {
 			return err
 		}
@@ -84,6 +84,8 @@ func (b *Blob) Prefetch(ctx context.Context, off, n int64) error {
 
 // Wait fetches everything and returns when the digest was checked.
 func (b *Blob) Wait(ctx context.Context) error {
+	b.d.waiters.Add(1)
+	defer b.d.waiters.Add(-1)
 	b.d.start()
 	b.d.mu.Lock()
 	done := b.d.done
@@ -117,6 +119,7 @@ func (b *Blob) Reader(ctx context.Context) io.ReadCloser { return b.ReaderAt(ctx
 
 // ReaderAt is Reader from an offset.
 func (b *Blob) ReaderAt(ctx context.Context, off int64) io.ReadCloser {
+	b.d.waiters.Add(1)
 	b.d.start()
 	ctx, cancel := context.WithCancel(ctx)
 	return &reader{b: b, ctx: ctx, cancel: cancel, off: off}
@@ -127,6 +130,7 @@ type reader struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	off    int64
+	close  sync.Once
 }
 
 func (r *reader) Read(p []byte) (int, error) {
@@ -192,7 +196,10 @@ func (r *reader) await(i int) error {
 }
 
 func (r *reader) Close() error {
-	r.cancel()
+	r.close.Do(func() {
+		r.cancel()
+		r.b.d.waiters.Add(-1)
+	})
 	return nil
 }
 
@@ -218,10 +225,11 @@ type Progress struct {
 }
 
 // Progress returns the state of the fetch now.
-func (b *Blob) Progress() Progress {
-	d := b.d
+func (b *Blob) Progress() Progress { return b.d.progress(b.desc) }
+
+func (d *download) progress(desc ocispec.Descriptor) Progress {
 	p := Progress{
-		Digest: b.desc.Digest, MediaType: b.desc.MediaType, Size: b.desc.Size,
+		Digest: desc.Digest, MediaType: desc.MediaType, Size: desc.Size,
 		Have:       d.st.Have(),
 		FromCache:  d.fromCache.Load(),
 		FromOrigin: d.fromOrigin.Load(),

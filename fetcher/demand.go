@@ -114,10 +114,11 @@ func (d *download) holds(first, last int) bool {
 // may end while others wait for the same pieces; the sources bound it.
 func (d *download) fly(fl *flight, prio Priority) {
 	if prio == Demand {
-		d.f.demand.Add(1)
-		defer d.f.demand.Add(-1)
+		defer d.f.demanded()()
 	}
+	begun := time.Now()
 	fl.err = d.race(d.ctx, fl)
+	d.log.Debug("demand", "first", fl.first, "last", fl.last, "prio", prio, "took", time.Since(begun), "err", fl.err)
 	d.mu.Lock()
 	for i := fl.first; i <= fl.last; i++ {
 		delete(d.flights, i)
@@ -282,9 +283,9 @@ func (d *download) demandOrigin(ctx context.Context, source Origin, fl *flight) 
 		if bulk {
 			return d.await(ctx, fl)
 		}
-		return d.take(ctx, s, 0, d.pieces, true)
+		return d.take(ctx, s, 0, d.pieces, nil)
 	}
-	return d.take(ctx, s, fl.first, fl.last+1, true)
+	return d.take(ctx, s, fl.first, fl.last+1, nil)
 }
 
 func (d *download) putAll(fl *flight, p []byte, src store.Source, peer string) error {

@@ -84,15 +84,15 @@ type Origin interface {
 
 // Fetcher fetches blobs into one store. It is safe for concurrent use.
 type Fetcher struct {
-	o        Options
-	log      *slog.Logger
-	ctx      context.Context // ends with Close
-	cancel   context.CancelFunc
-	wg       sync.WaitGroup
-	streams  chan struct{} // bounds bulk registry connections
-	up, down *rate.Limiter // nil: no limit
-	demand   atomic.Int32  // demand reads under way in this process
-	readUp   atomic.Int64  // bytes given to peers by ranged reads
+	o          Options
+	log        *slog.Logger
+	ctx        context.Context // ends with Close
+	cancel     context.CancelFunc
+	wg         sync.WaitGroup
+	streams    chan struct{} // bounds bulk registry connections
+	up, down   *rate.Limiter // nil: no limit
+	demand     atomic.Int32  // demand reads under way in this process
+	lastDemand atomic.Int64  // when the last one ended, in unix nanoseconds
 
 	// nil without a secret
 	listener *trust.Listener
@@ -338,14 +338,30 @@ func (f *Fetcher) sweep() {
 	}
 }
 
-// yield holds a bulk transfer back while somebody waits for a demand read, for
-// at most limit, so that bulk slows down but never stops.
-func (f *Fetcher) yield(ctx context.Context, limit time.Duration) {
-	if f.demand.Load() == 0 {
+// demanded notes a demand read; the function it returns notes its end.
+func (f *Fetcher) demanded() (done func()) {
+	f.demand.Add(1)
+	return func() {
+		f.lastDemand.Store(time.Now().UnixNano())
+		f.demand.Add(-1)
+	}
+}
+
+// hot reports whether somebody waits for a demand read, or has done so within
+// the last quiet.
+func (f *Fetcher) hot(quiet time.Duration) bool {
+	return f.demand.Load() > 0 || quiet > 0 && time.Now().UnixNano()-f.lastDemand.Load() < int64(quiet)
+}
+
+// yield waits while demand reads have the word, for at most limit.
+func (f *Fetcher) yield(ctx context.Context, quiet, limit time.Duration) {
+	if !f.hot(quiet) {
 		return
 	}
-	const step = 2 * time.Millisecond
-	for t := time.NewTimer(step); limit > 0 && f.demand.Load() > 0; limit -= step {
+	const step = 5 * time.Millisecond
+	t := time.NewTimer(step)
+	defer t.Stop()
+	for ; limit > 0 && f.hot(quiet); limit -= step {
 		select {
 		case <-ctx.Done():
 			return

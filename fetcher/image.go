@@ -372,9 +372,15 @@ func (i *Image) Progress() []Progress {
 	defer i.mu.Unlock()
 	for _, d := range all {
 		if b := i.blobs[d.Digest]; b != nil {
-			p := b.Progress()
-			p.MediaType = d.MediaType
-			ps = append(ps, p)
+			ps = append(ps, b.d.progress(d))
+			continue
+		}
+		// Somebody else may be at it: another pull, a lazy mount.
+		i.f.mu.Lock()
+		other := i.f.downloads[d.Digest]
+		i.f.mu.Unlock()
+		if other != nil && other.desc.Size == d.Size {
+			ps = append(ps, other.progress(d))
 			continue
 		}
 		have := i.seen[d.Digest]

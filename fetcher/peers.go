@@ -182,6 +182,9 @@ func (f *Fetcher) seed(ctx context.Context, dg digest.Digest, size int64) *downl
 		if d.desc.Size != size {
 			return nil
 		}
+		if !f.o.NoSeed {
+			d.enter() // a blob that was opened complete has not been fetched, so not entered
+		}
 		return d
 	}
 	if f.o.NoSeed || full {

@@ -40,10 +40,11 @@ const (
 	// round trip between requests.
 	streamsPerBlob = 2
 	// runAlone and runShared are how many segments one registry request covers
-	// at most. Alone, fewer requests; in a crowd, little is claimed at a time,
-	// so that a node that joins finds work left.
+	// at most. Alone, fewer requests. With members about, little is claimed at
+	// a time, so that one that starts a moment later finds work left: with
+	// runs of 8 the first of three nodes fetched all of a 163 MB image.
 	runAlone  = 8
-	runShared = 2
+	runShared = 1
 	// noPeerGrace is how long a fetch without a usable registry waits for
 	// members to turn up with what is missing.
 	noPeerGrace = 10 * time.Second
@@ -210,7 +211,7 @@ func (d *download) nextRun(now time.Time, claim bool) []int {
 	}
 	own := d.shareOf(now)
 	most := runShared
-	if own.alone {
+	if d.noPeers || len(d.f.Members()) == 0 {
 		most = runAlone
 	}
 	var run []int
@@ -337,8 +338,11 @@ func (d *download) fillWindow() {
 	if tor == nil {
 		return
 	}
+	if d.holdsBack() && d.f.hot(startQuiet) {
+		return // what was asked for arrives; nothing new until the start is over
+	}
 	limit := int64(window)
-	if d.f.demand.Load() > 0 {
+	if d.f.hot(0) {
 		limit = demandWindow
 	}
 	most := max(int(limit/d.st.PieceSize()), 4)

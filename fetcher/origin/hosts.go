@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,6 +46,12 @@ func (h *host) url(repository, path string) *url.URL {
 		u.RawQuery = url.Values{"ns": {h.namespace}}.Encode()
 	}
 	return u
+}
+
+// repeats reports whether a host further down the list is this one again, and can do nothing more that is asked for here.
+func (h *host) repeats(rh docker.RegistryHost) bool {
+	used := rh.Capabilities & (docker.HostCapabilityPull | docker.HostCapabilityResolve)
+	return rh.Scheme == h.Scheme && rh.Host == h.Host && rh.Path == h.Path && h.Capabilities.Has(used)
 }
 
 // owns reports whether u is on this very host: only there its credentials may go.
@@ -93,6 +100,11 @@ func (c *Client) readHosts(registry string) ([]*host, error) {
 	}
 	var hosts []*host
 	for _, rh := range configured {
+		if slices.ContainsFunc(hosts, func(h *host) bool { return h.repeats(rh) }) {
+			// The usual hosts.toml has `server = URL` and, with its CA, `[host.URL]`. Asked a second time, without the CA, the
+			// registry would seem to have wrong TLS to somebody whom it has just told to log in.
+			continue
+		}
 		t := transports[rh.Client]
 		if t == nil {
 			return nil, fmt.Errorf("containerd made no transport for %s", rh.Host)

@@ -16,12 +16,10 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
 
+	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/install"
 	"github.com/docker-quay/docker-quay/snapshotter"
 )
-
-// version is set by the linker: -X main.version=1.2.3.
-var version = "dev"
 
 // Exit codes, as the help lists them.
 const (
@@ -90,7 +88,7 @@ Exit codes:
   containerd-quay-grpc --config /etc/quay/test.toml --log-level debug
   containerd-quay-grpc config check`,
 		Args:          usageArgs(cobra.NoArgs),
-		Version:       version,
+		Version:       fetcher.Version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -184,7 +182,7 @@ func run(ctx context.Context, cmd *cobra.Command, f flags) error {
 	sd := &systemd{log: log}
 	defer sd.stop()
 	return snapshotter.Run(ctx, cfg, snapshotter.Options{
-		Version: version, Log: log, Ready: sd.ready, Stopping: sd.stopping,
+		Version: fetcher.Version, Log: log, Ready: sd.ready, Stopping: sd.stopping,
 	})
 }
 
