@@ -48,6 +48,25 @@ type flight struct {
 
 // need makes the pieces first to last held, or says why they cannot be.
 func (d *download) need(ctx context.Context, first, last int, prio Priority) error {
+	return d.gather(ctx, first, last, prio, true)
+}
+
+// readThrough does the same for another node that takes this one for the owner:
+// the registry is asked, and no third node, so that two nodes that disagree do
+// not ask each other in a circle.
+func (d *download) readThrough(ctx context.Context, first, last int) error {
+	d.mu.Lock()
+	able := d.originUsable(time.Now()) && !d.noRange
+	d.mu.Unlock()
+	if !able {
+		return cluster.ErrNotHeld
+	}
+	return d.gather(ctx, first, last, Demand, false)
+}
+
+// gather starts a flight for every piece that is missing and not under way, and
+// waits for them all.
+func (d *download) gather(ctx context.Context, first, last int, prio Priority, peers bool) error {
 	for try := 0; ; try++ {
 		if d.holds(first, last) {
 			return nil
@@ -77,7 +96,7 @@ func (d *download) need(ctx context.Context, first, last int, prio Priority) err
 				for j := i; j <= end; j++ {
 					d.flights[j] = fl
 				}
-				d.wg.Go(func() { d.fly(fl, prio) })
+				d.wg.Go(func() { d.fly(fl, prio, peers) })
 			}
 			if fl != nil && (len(wait) == 0 || wait[len(wait)-1] != fl) {
 				wait = append(wait, fl)
@@ -112,12 +131,12 @@ func (d *download) holds(first, last int) bool {
 
 // fly fetches one flight. It outlives the reader that began it, whose context
 // may end while others wait for the same pieces; the sources bound it.
-func (d *download) fly(fl *flight, prio Priority) {
+func (d *download) fly(fl *flight, prio Priority, peers bool) {
 	if prio == Demand {
 		defer d.f.demanded()()
 	}
 	begun := time.Now()
-	fl.err = d.race(d.ctx, fl)
+	fl.err = d.race(d.ctx, fl, peers)
 	d.log.Debug("demand", "first", fl.first, "last", fl.last, "prio", prio, "took", time.Since(begun), "err", fl.err)
 	d.mu.Lock()
 	for i := fl.first; i <= fl.last; i++ {
@@ -127,9 +146,9 @@ func (d *download) fly(fl *flight, prio Priority) {
 	close(fl.done)
 }
 
-// race asks the nearest holder, then the registry as well when that one is slow
+// race asks a holder, or else the node that owns the segment, then the registry as well when that one is slow
 // or fails. The first to have the bytes wins.
-func (d *download) race(ctx context.Context, fl *flight) error {
+func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	d.mu.Lock()
@@ -137,7 +156,13 @@ func (d *download) race(ctx context.Context, fl *flight) error {
 	if d.originErr != nil && d.originRetry.IsZero() || d.noRange {
 		source = nil
 	}
-	peers := d.holdersOf(fl)
+	var peers []cluster.Member
+	through := false
+	if askPeers {
+		if peers = d.holdersOf(fl); len(peers) == 0 && source != nil {
+			peers, through = d.ownerOf(fl), true
+		}
+	}
 	bulk := d.run != nil
 	d.mu.Unlock()
 
@@ -157,7 +182,7 @@ func (d *download) race(ctx context.Context, fl *flight) error {
 		case len(peers) > 0:
 			m := peers[0]
 			peers = peers[1:]
-			ask(func() error { return d.demandPeer(ctx, m, fl) })
+			ask(func() error { return d.demandPeer(ctx, m, fl, through) })
 		case source != nil:
 			askOrigin()
 		default:
@@ -248,17 +273,35 @@ func (d *download) holdersOf(fl *flight) []cluster.Member {
 	return ms[:min(len(ms), 2)]
 }
 
+// ownerOf returns the participant that owns a flight's segment, when that is not
+// this node: nodes that start the same image at once all read the same pieces,
+// and the owner takes each from the registry once. Called with d.mu held.
+func (d *download) ownerOf(fl *flight) []cluster.Member {
+	if d.noPeers {
+		return nil
+	}
+	w := d.shareOf(time.Now())
+	per := int(cluster.SegmentSize / d.st.PieceSize())
+	owner := cluster.Owner(d.desc.Digest, fl.first/per, w.nodes)
+	for _, p := range w.parts {
+		if p.ID == owner {
+			return []cluster.Member{p.Member}
+		}
+	}
+	return nil
+}
+
 func (d *download) flightRange(fl *flight) (off, n int64) {
 	off, _ = d.st.PieceRange(fl.first)
 	lastOff, lastLen := d.st.PieceRange(fl.last)
 	return off, lastOff + lastLen - off
 }
 
-func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight) error {
+func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight, through bool) error {
 	off, n := d.flightRange(fl)
 	p := make([]byte, n)
-	if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off); err != nil {
-		if errors.Is(err, cluster.ErrNotHeld) {
+	if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, through); err != nil {
+		if errors.Is(err, cluster.ErrNotHeld) && !through {
 			d.mu.Lock()
 			delete(d.parts, m.ID) // until it says again what it has
 			d.mu.Unlock()

@@ -87,18 +87,19 @@ type download struct {
 	noRange     bool // the registry answers 200 to ranges
 	workers     int  // registry streams of the bulk fetch
 
-	claims   map[int]bool            // segments being fetched from the registry
-	flights  map[int]*flight         // pieces being fetched because somebody waits
-	parts    map[string]*participant // members that take part, by node ID
-	supplier map[int]supplier        // who gave a piece of the current attempt
-	banned   map[string]bool         // node IDs
-	suspects []string                // node IDs whose pieces another peer had otherwise
-	wanted   map[int]bool            // pieces asked of the swarm
-	ownDone  time.Time               // since when nothing of the own share is left
-	believed string                  // node ID of the peer that was believed last
-	attempts int                     // digest mismatches so far
-	joined   bool
-	tor      *swarm.Torrent
+	claims    map[int]bool            // segments being fetched from the registry
+	flights   map[int]*flight         // pieces being fetched because somebody waits
+	parts     map[string]*participant // members that take part, by node ID
+	supplier  map[int]supplier        // who gave a piece of the current attempt
+	banned    map[string]bool         // node IDs
+	suspects  []string                // node IDs whose pieces another peer had otherwise
+	wanted    map[int]bool            // pieces asked of the swarm
+	available []uint16                // how many connected peers have each piece, a tick ago
+	ownDone   time.Time               // since when nothing of the own share is left
+	believed  string                  // node ID of the peer that was believed last
+	attempts  int                     // digest mismatches so far
+	joined    bool
+	tor       *swarm.Torrent
 }
 
 // supplier names who gave a piece: a node ID, or "" when that is not known.

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
 	"github.com/docker-quay/docker-quay/fetcher/store"
+	"github.com/docker-quay/docker-quay/fetcher/trust"
 )
 
 const (
@@ -149,6 +152,20 @@ func (d *download) heard(m cluster.Member, a cluster.Announcement) {
 	}
 }
 
+// silence says why no peer answers. It wraps trust.ErrForeign when a configured
+// one has another secret.
+func (f *Fetcher) silence() error {
+	if f.cluster != nil {
+		silent := f.cluster.Silent()
+		for _, addr := range slices.Sorted(maps.Keys(silent)) {
+			if trust.Foreign(silent[addr]) {
+				return fmt.Errorf("the peer %s is %w", addr, trust.ErrForeign)
+			}
+		}
+	}
+	return fmt.Errorf("no peer answers (%d configured)", len(f.o.Peers))
+}
+
 // holder answers other members for this node's blobs.
 type holder struct{ f *Fetcher }
 
@@ -205,7 +222,7 @@ func (f *Fetcher) seed(ctx context.Context, dg digest.Digest, size int64) *downl
 }
 
 // ReadHeld implements cluster.Holder.
-func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off, size int64) error {
+func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off, size int64, through bool) error {
 	h.f.mu.Lock()
 	d := h.f.downloads[dg]
 	h.f.mu.Unlock()
@@ -217,9 +234,12 @@ func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off
 		return cluster.ErrNotHeld
 	}
 	first, last := d.piecesOf(off, size)
-	for i := first; i <= last; i++ {
-		if !d.st.Has(i) {
+	if !d.holds(first, last) {
+		if !through {
 			return cluster.ErrNotHeld
+		}
+		if err := d.readThrough(ctx, first, last); err != nil {
+			return fmt.Errorf("%w: %w", cluster.ErrNotHeld, err)
 		}
 	}
 	bp := pieceBufs.Get().(*[]byte)

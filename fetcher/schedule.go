@@ -168,7 +168,7 @@ func (d *download) stuck(now time.Time) error {
 	case d.originErr != nil:
 		return d.originErr
 	case d.noPeers || len(d.f.Members()) == 0:
-		return fmt.Errorf("%s: %w: the registry may not be asked and no peer answers (%d configured)", d.whatLocked(), ErrNoSource, len(d.f.o.Peers))
+		return fmt.Errorf("%s: %w: the registry may not be asked and %w", d.whatLocked(), ErrNoSource, d.f.silence())
 	default:
 		return fmt.Errorf("%s: %w: %d of %d bytes are here, %d peers take part and none has sent anything for %s", d.whatLocked(), ErrNoSource, d.st.Have(), d.desc.Size, len(d.parts), quiet.Round(time.Second))
 	}
@@ -219,7 +219,7 @@ func (d *download) nextRun(now time.Time, claim bool) []int {
 	for s := range d.segs {
 		switch {
 		case d.claims[s] || d.segmentHeld(s):
-		case own.mine(s):
+		case own.mine(s) && d.anyToAsk(s, own.alone):
 			run = append(run, s)
 		default:
 			left = true
@@ -254,6 +254,22 @@ func (d *download) segmentHeld(s int) bool {
 		}
 	}
 	return true
+}
+
+// toAsk reports whether the registry should be asked for a piece: it is missing,
+// no demand read is at it, and, unless alone, no peer has it. Called with d.mu.
+func (d *download) toAsk(i int, alone bool) bool {
+	return !d.st.Has(i) && d.flights[i] == nil && (alone || i >= len(d.available) || d.available[i] == 0)
+}
+
+func (d *download) anyToAsk(s int, alone bool) bool {
+	first, last := d.segmentPieces(s)
+	for i := first; i < last; i++ {
+		if d.toAsk(i, alone) {
+			return true
+		}
+	}
+	return false
 }
 
 // segmentPieces returns the pieces [first, last) of a segment. Piece sizes
@@ -338,9 +354,6 @@ func (d *download) fillWindow() {
 	if tor == nil {
 		return
 	}
-	if d.holdsBack() && d.f.hot(startQuiet) {
-		return // what was asked for arrives; nothing new until the start is over
-	}
 	limit := int64(window)
 	if d.f.hot(0) {
 		limit = demandWindow
@@ -348,8 +361,12 @@ func (d *download) fillWindow() {
 	most := max(int(limit/d.st.PieceSize()), 4)
 	type candidate struct{ piece, holders int }
 	var can []candidate
+	// What was asked for arrives; nothing new is while a program starts.
+	put := d.holdsBack() && d.f.hot(startQuiet)
+	// Not under d.mu: the swarm's locks come before ours.
 	available := tor.Availability()
 	d.mu.Lock()
+	d.available = available
 	for i := range d.wanted {
 		if d.st.Has(i) || i < len(available) && available[i] == 0 {
 			delete(d.wanted, i)
@@ -358,7 +375,7 @@ func (d *download) fillWindow() {
 			}
 		}
 	}
-	if room := most - len(d.wanted); room > 0 {
+	if room := most - len(d.wanted); room > 0 && !put {
 		per := int(cluster.SegmentSize / d.st.PieceSize())
 		for i, n := range available {
 			if n == 0 || i >= d.pieces || d.wanted[i] || d.claims[i/per] || d.flights[i] != nil || d.st.Has(i) {

@@ -106,19 +106,22 @@ func isLocal(err error) bool {
 
 var errLocal = errors.New("writing to the store")
 
-// fetchRun gets a row of segments from the registry, piece by piece.
+// fetchRun gets the first row of pieces in some segments that nobody near has
+// from the registry. What comes after a gap is for the next run.
 func (d *download) fetchRun(ctx context.Context, segs []int) error {
+	first, _ := d.segmentPieces(segs[0])
+	_, end := d.segmentPieces(segs[len(segs)-1])
 	d.mu.Lock()
 	source := d.origin
-	d.mu.Unlock()
-	first, _ := d.segmentPieces(segs[0])
-	_, last := d.segmentPieces(segs[len(segs)-1])
-	for first < last && d.st.Has(first) {
+	alone := d.noRange || d.shareOf(time.Now()).alone
+	for first < end && !d.toAsk(first, alone) {
 		first++
 	}
-	for last > first && d.st.Has(last-1) {
-		last--
+	last := first
+	for last < end && d.toAsk(last, alone) {
+		last++
 	}
+	d.mu.Unlock()
 	if first == last {
 		return nil
 	}

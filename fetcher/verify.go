@@ -186,7 +186,7 @@ func (d *download) mendFromPeers(r *run, attempt int, pieces []int, suppliers ma
 	m := candidates[attempt-1]
 	wrong, err := d.compare(r.ctx, pieces, m.ID, func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
 		p := make([]byte, n)
-		if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off); err != nil {
+		if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, false); err != nil {
 			return nil, err
 		}
 		return io.NopCloser(bytes.NewReader(p)), nil

@@ -31,6 +31,7 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
 	"github.com/docker-quay/docker-quay/fetcher/origin"
 	"github.com/docker-quay/docker-quay/fetcher/store"
+	"github.com/docker-quay/docker-quay/fetcher/trust"
 )
 
 // DefaultSocket is where the node daemon listens.
@@ -120,6 +121,7 @@ var kinds = []struct {
 	{"tls", origin.ErrTLS},
 	{"rate_limited", origin.ErrRateLimited},
 	{"unavailable", origin.ErrUnavailable},
+	{"foreign", trust.ErrForeign}, // also a no_source, and says more
 	{"no_source", fetcher.ErrNoSource},
 	{"no_platform", fetcher.ErrNoPlatform},
 	{"unsupported", fetcher.ErrUnsupported},

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -50,8 +51,9 @@ type Holder interface {
 	// this node's own; Absent set when it has none.
 	Announced(ctx context.Context, from Member, a Announcement) Announcement
 	// ReadHeld writes size bytes of a blob from off to w, all of which the node
-	// holds; ErrNotHeld, before anything was written, when it does not.
-	ReadHeld(ctx context.Context, w io.Writer, d digest.Digest, off, size int64) error
+	// holds, or, with through set, can get from the registry at once;
+	// ErrNotHeld, before anything was written, otherwise.
+	ReadHeld(ctx context.Context, w io.Writer, d digest.Digest, off, size int64, through bool) error
 }
 
 // Options configures a Cluster. All fields but Peers, Advertise and Log are
@@ -84,6 +86,7 @@ type Cluster struct {
 
 	mu      sync.Mutex // guards following
 	members map[string]*member
+	silent  map[string]error // of o.Peers, by address: why the last hello failed
 }
 
 type member struct {
@@ -115,6 +118,7 @@ func New(o Options) *Cluster {
 		done:    make(chan struct{}),
 		first:   make(chan struct{}),
 		members: map[string]*member{},
+		silent:  map[string]error{},
 	}
 	go c.run(ctx)
 	return c
@@ -151,6 +155,14 @@ func (c *Cluster) Members() []Member {
 	}
 	slices.SortFunc(ms, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })
 	return ms
+}
+
+// Silent returns those of the configured peers that did not answer the last
+// hello, by address, and why.
+func (c *Cluster) Silent() map[string]error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return maps.Clone(c.silent)
 }
 
 // run says hello to the configured peers and to every member, until ctx ends.
@@ -217,6 +229,13 @@ func (c *Cluster) round(ctx context.Context) {
 func (c *Cluster) hello(ctx context.Context, addr string) []Member {
 	var answer hello
 	from, err := c.call(ctx, addr, "/quay/v1/hello", hello{Port: c.o.Port, Addr: c.o.Advertise}, &answer)
+	if ctx.Err() == nil && slices.Contains(c.o.Peers, addr) {
+		c.mu.Lock()
+		if delete(c.silent, addr); err != nil {
+			c.silent[addr] = err
+		}
+		c.mu.Unlock()
+	}
 	if err != nil {
 		if ctx.Err() == nil {
 			c.o.Log.Debug("peer does not answer", "peer", addr, "err", err)
@@ -364,13 +383,17 @@ type announce struct {
 }
 
 // ReadAt reads len(p) bytes of a blob from a member; ErrNotHeld when it does not
-// hold them. ctx should bound it: the registry is the alternative.
-func (c *Cluster) ReadAt(ctx context.Context, m Member, d digest.Digest, p []byte, off int64) error {
+// hold them. With through set, a member that takes part in the blob gets them
+// from the registry first. ctx should bound it: the registry is the alternative.
+func (c *Cluster) ReadAt(ctx context.Context, m Member, d digest.Digest, p []byte, off int64, through bool) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+m.Addr.String()+"/quay/v1/blobs/"+string(d), nil)
 	if err != nil {
 		return err
 	}
 	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+int64(len(p))-1))
+	if through {
+		req.Header.Set(throughHeader, "1")
+	}
 	resp, err := c.client.Do(req)
 	if err != nil {
 		return err

@@ -44,7 +44,7 @@ func (h *memory) Announced(_ context.Context, from Member, a Announcement) Annou
 	return Announcement{Digest: a.Digest, Size: int64(len(h.blob)), Have: h.have}
 }
 
-func (h *memory) ReadHeld(_ context.Context, w io.Writer, d digest.Digest, off, n int64) error {
+func (h *memory) ReadHeld(_ context.Context, w io.Writer, d digest.Digest, off, n int64, _ bool) error {
 	if d != h.digest() || off+n > h.have {
 		return ErrNotHeld
 	}
@@ -111,7 +111,7 @@ func TestOtherSecretIsNoMember(t *testing.T) {
 	if got := append(a.Members(), b.Members()...); len(got) != 0 {
 		t.Fatalf("members across secrets: %v", got)
 	}
-	err := b.ReadAt(ctx, Member{ID: a.ID(), Addr: netip.MustParseAddrPort(addr)}, digest.FromString("x"), make([]byte, 1), 0)
+	err := b.ReadAt(ctx, Member{ID: a.ID(), Addr: netip.MustParseAddrPort(addr)}, digest.FromString("x"), make([]byte, 1), 0, false)
 	if err == nil || errors.Is(err, ErrNotHeld) {
 		t.Fatalf("a stranger got an answer: %v", err)
 	}
@@ -134,13 +134,13 @@ func TestAnnounceAndRead(t *testing.T) {
 		t.Fatalf("absent blobs are not answers: %+v", said)
 	}
 	p := make([]byte, 4096)
-	if err := b.ReadAt(t.Context(), said[0].Member, h.digest(), p, 8192); err != nil {
+	if err := b.ReadAt(t.Context(), said[0].Member, h.digest(), p, 8192, false); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(p, h.blob[8192:8192+4096]) {
 		t.Fatal("other bytes")
 	}
-	if err := b.ReadAt(t.Context(), said[0].Member, h.digest(), p, h.have); !errors.Is(err, ErrNotHeld) {
+	if err := b.ReadAt(t.Context(), said[0].Member, h.digest(), p, h.have, false); !errors.Is(err, ErrNotHeld) {
 		t.Fatalf("reading what is not held: %v", err)
 	}
 	h.mu.Lock()

@@ -16,6 +16,9 @@ import (
 // pieces; whole blobs go by BitTorrent, where the window is.
 const maxRead = 16 << 20
 
+// throughHeader asks a member to get what it does not hold from the registry.
+const throughHeader = "Quay-Read-Through"
+
 // Handler serves the node's side of the protocol. It must only ever be reached
 // through mutual TLS with the cluster's identity: the peer's node ID is taken
 // from its certificate.
@@ -101,7 +104,7 @@ func (c *Cluster) serveBlob(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
 		w.WriteHeader(http.StatusPartialContent)
 	}}
-	err = c.o.Holder.ReadHeld(r.Context(), lw, d, off, n)
+	err = c.o.Holder.ReadHeld(r.Context(), lw, d, off, n, r.Header.Get(throughHeader) != "")
 	if err != nil && lw.write != nil {
 		http.Error(w, ErrNotHeld.Error(), http.StatusNotFound)
 	} else if err != nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -39,7 +40,11 @@ func LocalUsers(uids ...int) func(*http.Request) error {
 		if err != nil || !client.Addr().Unmap().IsLoopback() {
 			return errors.New("this mirror serves its own machine only")
 		}
-		uid, err := socketOwner(client)
+		addr, _ := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+		if addr == nil {
+			return errors.New("cannot tell whose connection this is: it is not a TCP connection")
+		}
+		uid, err := socketOwner(client, addr.AddrPort())
 		if err != nil {
 			return fmt.Errorf("cannot tell whose connection this is: %w", err)
 		}
@@ -50,8 +55,10 @@ func LocalUsers(uids ...int) func(*http.Request) error {
 	}
 }
 
-// socketOwner returns the user ID that owns the socket with a local address.
-func socketOwner(local netip.AddrPort) (int, error) {
+// socketOwner returns the user ID that owns the socket of a connection. Both
+// ends count: the kernel gives one local port to several users' connections as
+// long as they lead elsewhere.
+func socketOwner(local, remote netip.AddrPort) (int, error) {
 	for _, table := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
 		f, err := os.Open(table)
 		if err != nil {
@@ -60,33 +67,44 @@ func socketOwner(local netip.AddrPort) (int, error) {
 			}
 			return 0, err
 		}
-		uid, found := ownerIn(bufio.NewScanner(f), local)
+		uid, found := ownerIn(bufio.NewScanner(f), local, remote)
 		_ = f.Close()
 		if found {
 			return uid, nil
 		}
 	}
-	return 0, fmt.Errorf("no socket has the address %s", local)
+	return 0, fmt.Errorf("no socket of this machine leads from %s to %s", local, remote)
 }
 
 // established is the TCP state of /proc/net/tcp (include/net/tcp_states.h).
 const established = "01"
 
-func ownerIn(lines *bufio.Scanner, local netip.AddrPort) (uid int, found bool) {
-	want := netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
+// ownerIn looks a connection up in the lines of /proc/net/tcp or tcp6:
+//
+//	sl  local_address rem_address   st tx_queue:rx_queue tr:tm->when retrnsmt   uid …
+func ownerIn(lines *bufio.Scanner, local, remote netip.AddrPort) (uid int, found bool) {
+	local, remote = unmapped(local), unmapped(remote)
 	for lines.Scan() {
 		f := strings.Fields(lines.Text())
 		if len(f) < 8 || f[3] != established {
 			continue
 		}
-		addr, ok := kernelAddr(f[1])
-		if !ok || addr != want {
+		if from, ok := kernelAddr(f[1]); !ok || from != local {
 			continue
 		}
-		uid, err := strconv.Atoi(f[7])
-		return uid, err == nil
+		if to, ok := kernelAddr(f[2]); !ok || to != remote {
+			continue
+		}
+		uid, err := strconv.ParseUint(f[7], 10, 32)
+		return int(uid), err == nil
 	}
 	return 0, false
+}
+
+// unmapped is an address as an IPv4 one if it is one in IPv6's clothes, and
+// without a zone, which the kernel's table does not have.
+func unmapped(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap().WithZone(""), a.Port())
 }
 
 // kernelAddr reads HEXADDRESS:HEXPORT, the address in 32-bit words of the

@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -56,8 +57,15 @@ type Handler struct {
 	o Options
 
 	mu    sync.Mutex // guards following
-	descs map[digest.Digest]ocispec.Descriptor
+	descs map[part]ocispec.Descriptor
 	repos map[string]*origin.Repository // by name: tokens and signed URLs live with them
+}
+
+// part is a blob as one repository has it. What the manifest of one repository
+// says of a blob is not to be believed for another.
+type part struct {
+	repository string
+	digest     digest.Digest
 }
 
 // New returns a Handler.
@@ -65,7 +73,7 @@ func New(o Options) *Handler {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Handler{o: o, descs: map[digest.Digest]ocispec.Descriptor{}, repos: map[string]*origin.Repository{}}
+	return &Handler{o: o, descs: map[part]ocispec.Descriptor{}, repos: map[string]*origin.Repository{}}
 }
 
 // repository returns the repository of an image, the same one each time.
@@ -113,7 +121,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadRequest, "NAME_UNKNOWN", "the ns parameter must name the upstream registry")
 		return
 	}
-	named, err := reference.ParseNormalizedNamed(host + "/" + name)
+	named, err := parseName(host, name)
 	if err != nil {
 		refuse(w, http.StatusBadRequest, "NAME_INVALID", err.Error())
 		return
@@ -131,18 +139,44 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// split takes /v2/<name>/<kind>/<what> apart.
+// split takes /v2/<name>/<kind>/<what> apart. Tags and digests have no slash,
+// while a repository may well be called "manifests" or "blobs".
 func split(path string) (name, kind, what string, ok bool) {
 	path, ok = strings.CutPrefix(path, "/v2/")
 	if !ok {
-		return
+		return "", "", "", false
 	}
-	for _, kind := range []string{"manifests", "blobs"} {
-		if i := strings.LastIndex(path, "/"+kind+"/"); i > 0 {
-			return path[:i], kind, path[i+len(kind)+2:], true
-		}
+	last := strings.LastIndexByte(path, '/')
+	if last < 0 {
+		return "", "", "", false
 	}
-	return "", "", "", false
+	path, what = path[:last], path[last+1:]
+	last = strings.LastIndexByte(path, '/')
+	if last <= 0 {
+		return "", "", "", false
+	}
+	name, kind = path[:last], path[last+1:]
+	if kind != "manifests" && kind != "blobs" || what == "" {
+		return "", "", "", false
+	}
+	return name, kind, what, true
+}
+
+// parseName makes the full name of a repository. It has to be one of the host:
+// what does not look like a host ("team") would else become a part of a name on
+// Docker Hub.
+func parseName(host, name string) (reference.Named, error) {
+	named, err := reference.ParseNormalizedNamed(host + "/" + name)
+	if err != nil {
+		return nil, err
+	}
+	if domain := reference.Domain(named); domain != host && (domain != "docker.io" || host != "index.docker.io") {
+		return nil, fmt.Errorf("%q is not the host of a registry", host)
+	}
+	if !reference.IsNameOnly(named) {
+		return nil, fmt.Errorf("%q is not the name of a repository", name)
+	}
+	return named, nil
 }
 
 func (h *Handler) manifest(w http.ResponseWriter, r *http.Request, named reference.Named, host, what string) error {
@@ -154,7 +188,7 @@ func (h *Handler) manifest(w http.ResponseWriter, r *http.Request, named referen
 	if err != nil {
 		return err
 	}
-	h.remember(desc, body)
+	h.remember(named, desc, body)
 	w.Header().Set("Content-Type", desc.MediaType)
 	w.Header().Set("Docker-Content-Digest", desc.Digest.String())
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
@@ -177,7 +211,7 @@ func withWhat(named reference.Named, what string) (reference.Named, error) {
 }
 
 // remember keeps the sizes of the blobs that a manifest names.
-func (h *Handler) remember(desc ocispec.Descriptor, body []byte) {
+func (h *Handler) remember(named reference.Named, desc ocispec.Descriptor, body []byte) {
 	if !images.IsManifestType(desc.MediaType) {
 		return
 	}
@@ -191,13 +225,13 @@ func (h *Handler) remember(desc ocispec.Descriptor, body []byte) {
 		clear(h.descs)
 	}
 	for _, c := range children {
-		h.descs[c.Digest] = c
+		h.descs[part{named.Name(), c.Digest}] = c
 	}
 }
 
 func (h *Handler) descriptor(ctx context.Context, named reference.Named, host string, d digest.Digest) (ocispec.Descriptor, error) {
 	h.mu.Lock()
-	desc, ok := h.descs[d]
+	desc, ok := h.descs[part{named.Name(), d}]
 	h.mu.Unlock()
 	if ok {
 		return desc, nil
@@ -266,39 +300,42 @@ func (h *Handler) blob(w http.ResponseWriter, r *http.Request, named reference.N
 	return nil
 }
 
-// parseRange reads a Range header of one range (RFC 9110 §14.1.2); anything it
-// does not know is served whole, as the RFC allows. ok is false for a range
-// that lies outside.
+// parseRange reads a Range header of one range (RFC 9110 §14.1.2). What is no
+// such range, or several, is served whole, as the RFC allows. ok is false for a
+// range that lies outside.
 func parseRange(s string, size int64) (off, n int64, partial, ok bool) {
 	spec, isBytes := strings.CutPrefix(s, "bytes=")
 	first, last, isRange := strings.Cut(spec, "-")
-	if !isBytes || !isRange || strings.Contains(last, ",") {
+	a, hasFirst := position(first)
+	b, hasLast := position(last)
+	switch {
+	case !isBytes, !isRange, first != "" && !hasFirst, last != "" && !hasLast, first == "" && last == "":
 		return 0, size, false, true
-	}
-	if first == "" { // the last N bytes
-		k, err := strconv.ParseInt(last, 10, 63)
-		if err != nil || k <= 0 {
-			return 0, 0, false, false
-		}
-		k = min(k, size)
-		return size - k, k, true, size > 0
-	}
-	a, err := strconv.ParseInt(first, 10, 63)
-	if err != nil || a < 0 {
+	case first == "": // the last b bytes
+		b = min(b, size)
+		return size - b, b, b > 0, b > 0
+	case hasLast && b < a:
 		return 0, size, false, true
-	}
-	if a >= size {
+	case a >= size:
 		return 0, 0, false, false
+	case last == "":
+		b = size - 1
 	}
-	b := size - 1
-	if last != "" {
-		v, err := strconv.ParseInt(last, 10, 63)
-		if err != nil || v < a {
-			return 0, size, false, true
-		}
-		b = min(b, v)
-	}
+	b = min(b, size-1)
 	return a, b - a + 1, true, true
+}
+
+// position reads the digits of a range; what is larger than any blob is the
+// largest number.
+func position(s string) (int64, bool) {
+	if s == "" || strings.Trim(s, "0123456789") != "" {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil {
+		return math.MaxInt64, true
+	}
+	return n, true
 }
 
 func statusOf(err error) (int, string) {
