@@ -24,7 +24,7 @@ USER_PLUGINS = $(DESTDIR)$(if $(DOCKER_CONFIG),$(DOCKER_CONFIG),$(HOME)/.docker)
 
 BIN   := build/bin
 TOOLS := ./test/tools/tools.sh
-UNITS := $(wildcard install/*.service)
+UNITS := $(wildcard install/systemd/*.service)
 
 # Two packages at a time: the end-to-end ones run whole nodes. The limit is per package.
 TEST_P       ?= 2

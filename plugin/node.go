@@ -48,7 +48,7 @@ a byte of any image, and all that passes between them is encrypted. Make it on o
 the file to the others, as carefully as a private key. A file that is there is never overwritten.`,
 		Example: `  docker quay node secret
   docker quay node secret ./secret
-  scp /etc/quay/secret node2:/etc/quay/secret`,
+  scp /etc/quay/cluster.secret node2:/etc/quay/cluster.secret`,
 		Args: usage(cli.RequiresMaxArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			file := defaultSecretFile()

@@ -172,13 +172,13 @@ func defaultStore() string {
 }
 
 // secretPlaces is defaultSecretFile for help, the same whoever reads it.
-const secretPlaces = "/etc/quay/secret, or ~/.config/quay/secret unless root"
+const secretPlaces = "/etc/quay/cluster.secret, or ~/.config/quay/cluster.secret unless root"
 
 // defaultSecretFile is where `node secret` writes and where pull and seed look: the node's for root, else a person's
 // own.
 func defaultSecretFile() string {
 	if dir, err := os.UserConfigDir(); err == nil && os.Getuid() != 0 {
-		return filepath.Join(dir, "quay", "secret")
+		return filepath.Join(dir, "quay", "cluster.secret")
 	}
-	return "/etc/quay/secret"
+	return "/etc/quay/cluster.secret"
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/docker/cli/cli/config"
 	"github.com/docker/cli/cli/config/credentials"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
@@ -62,6 +63,7 @@ type remote struct {
 	client *api.Client
 	via    string
 	notes  []string
+	before map[digest.Digest]fetcher.Progress // when the session began
 }
 
 func openRemote(ctx context.Context, c *api.Client, r Request) (Source, error) {
@@ -83,7 +85,10 @@ func openRemote(ctx context.Context, c *api.Client, r Request) (Source, error) {
 		_ = c.Close()
 		return nil, err
 	}
-	src := &remote{Session: s, client: c, via: "the node daemon at " + r.Socket}
+	src := &remote{Session: s, client: c, via: "the node daemon at " + r.Socket, before: map[digest.Digest]fetcher.Progress{}}
+	for _, p := range s.Progress() {
+		src.before[p.Digest] = p
+	}
 	if s.Image.Note != "" {
 		src.notes = append(src.notes, s.Image.Note)
 	}
@@ -125,7 +130,22 @@ func (s *remote) Config() ocispec.Descriptor   { return s.Image.Config }
 func (s *remote) Layers() []ocispec.Descriptor { return s.Image.Layers }
 func (s *remote) Via() string                  { return s.via }
 func (s *remote) Notes() []string              { return s.notes }
-func (s *remote) Progress() []progress.Blob    { return blobs(s.Session.Progress()) }
+
+// Progress counts from the beginning of the session. The node counts for as long as it has a blob open: what it fetched for
+// an earlier pull is this one's cache.
+func (s *remote) Progress() []progress.Blob {
+	ps := s.Session.Progress()
+	for i := range ps {
+		b := s.before[ps[i].Digest]
+		ps[i].FromOrigin -= b.FromOrigin
+		ps[i].FromPeers -= b.FromPeers
+		ps[i].FromCache += b.FromOrigin + b.FromPeers
+		if ps[i].FromOrigin < 0 || ps[i].FromPeers < 0 { // the node began to count anew
+			ps[i].FromCache, ps[i].FromOrigin, ps[i].FromPeers = ps[i].Have, 0, 0
+		}
+	}
+	return blobs(ps)
+}
 
 func (s *remote) Close() error {
 	// The session of a daemon that has gone needs no closing.
