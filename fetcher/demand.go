@@ -153,7 +153,8 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 	defer cancel()
 	d.mu.Lock()
 	source := d.origin
-	if d.originErr != nil && d.originRetry.IsZero() || d.noRange {
+	whole := d.noRange
+	if d.originErr != nil && d.originRetry.IsZero() || whole {
 		source = nil
 	}
 	var peers []cluster.Member
@@ -191,7 +192,9 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 		return true
 	}
 	if !next() {
-		if !bulk {
+		if whole && !bulk {
+			d.start() // one stream that brings all is the only way
+		} else if !bulk {
 			return fmt.Errorf("%s: %w", d.what(), ErrNoSource)
 		}
 		return d.await(ctx, fl)
@@ -258,7 +261,7 @@ func (d *download) holdersOf(fl *flight) []cluster.Member {
 	now := time.Now()
 	var ms []cluster.Member
 	for _, p := range d.parts {
-		if d.banned[p.ID] || now.Sub(p.heard) > silentAfter && !p.Complete() {
+		if d.banned[p.ID] || now.Sub(p.heard) > silentAfter && !p.Complete() || now.Sub(p.heard) > cluster.MemberTTL {
 			continue
 		}
 		all := p.Complete()
@@ -301,7 +304,7 @@ func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight,
 	off, n := d.flightRange(fl)
 	p := make([]byte, n)
 	if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, through); err != nil {
-		if errors.Is(err, cluster.ErrNotHeld) && !through {
+		if ctx.Err() == nil && !(through && errors.Is(err, cluster.ErrNotHeld)) {
 			d.mu.Lock()
 			delete(d.parts, m.ID) // until it says again what it has
 			d.mu.Unlock()
@@ -321,12 +324,10 @@ func (d *download) demandOrigin(ctx context.Context, source Origin, fl *flight) 
 	if s.Whole() {
 		d.mu.Lock()
 		d.noRange = true
-		bulk := d.run != nil
 		d.mu.Unlock()
-		if bulk {
-			return d.await(ctx, fl)
-		}
-		return d.take(ctx, s, 0, d.pieces, nil)
+		_ = s.Close()
+		d.start()
+		return d.await(ctx, fl)
 	}
 	return d.take(ctx, s, fl.first, fl.last+1, nil)
 }

@@ -111,11 +111,11 @@ type run struct {
 	cancel context.CancelFunc
 }
 
-func newDownload(f *Fetcher, desc ocispec.Descriptor, st *store.Blob, noPeers bool) *download {
+func newDownload(f *Fetcher, desc ocispec.Descriptor, st *store.Blob) *download {
 	d := &download{
 		f: f, desc: desc, st: st,
 		log:      f.log.With("blob", desc.Digest),
-		noPeers:  noPeers || f.cluster == nil,
+		noPeers:  f.cluster == nil,
 		pieces:   st.Pieces(),
 		segs:     cluster.Segments(desc.Size),
 		kick:     make(chan struct{}, 1),
@@ -252,7 +252,7 @@ func (d *download) offer(ref reference.Named, o Origin) {
 		d.origin, d.originErr, d.originRetry, d.originFails = o, nil, time.Time{}, 0
 	}
 	if d.state == Failed && !d.stopped {
-		d.err = nil
+		d.err, d.attempts, d.suspects, d.believed = nil, 0, nil, ""
 		d.done = make(chan struct{})
 		d.setState(Waiting)
 	}

@@ -248,8 +248,6 @@ func (f *Fetcher) Store() *store.Store { return f.o.Store }
 type BlobOptions struct {
 	// Origin is the registry; nil for peers only.
 	Origin Origin
-	// NoPeers keeps the blob out of the swarm: neither asked of peers nor given.
-	NoPeers bool
 }
 
 // Blob returns a handle on a blob. It starts nothing: Fetch, Reader, ReadAt and
@@ -259,7 +257,7 @@ type BlobOptions struct {
 // It waits, bounded by ctx, when another process is fetching the same blob into
 // the same store.
 func (f *Fetcher) Blob(ctx context.Context, ref reference.Named, desc ocispec.Descriptor, o BlobOptions) (*Blob, error) {
-	d, err := f.download(ctx, desc, o.NoPeers)
+	d, err := f.download(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
@@ -268,7 +266,7 @@ func (f *Fetcher) Blob(ctx context.Context, ref reference.Named, desc ocispec.De
 }
 
 // download returns the shared state of a blob with one more reference.
-func (f *Fetcher) download(ctx context.Context, desc ocispec.Descriptor, noPeers bool) (*download, error) {
+func (f *Fetcher) download(ctx context.Context, desc ocispec.Descriptor) (*download, error) {
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q of a blob: %w", desc.Digest, err)
 	}
@@ -292,7 +290,7 @@ func (f *Fetcher) download(ctx context.Context, desc ocispec.Descriptor, noPeers
 		if err != nil {
 			return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 		}
-		d := newDownload(f, desc, st, noPeers)
+		d := newDownload(f, desc, st)
 		f.mu.Lock()
 		if other := f.downloads[desc.Digest]; f.closed || other != nil && !other.dead() {
 			f.mu.Unlock()

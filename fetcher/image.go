@@ -49,8 +49,6 @@ type ImageOptions struct {
 	// SkipOrigin takes the blobs from peers only. Manifests still come from the
 	// registry, which is asked whether the caller may have the image.
 	SkipOrigin bool
-	// NoPeers keeps the image out of the swarm.
-	NoPeers bool
 	// AllowCached decides whether an image whose registry cannot be reached may
 	// be served from what the store saw; nil allows it. It is where a node that
 	// serves several users asks whether this one has had access.
@@ -297,7 +295,7 @@ func (i *Image) Blob(ctx context.Context, desc ocispec.Descriptor) (*Blob, error
 	if !i.o.SkipOrigin {
 		source = i.repo
 	}
-	b, err := i.f.Blob(ctx, i.Ref, desc, BlobOptions{Origin: source, NoPeers: i.o.NoPeers})
+	b, err := i.f.Blob(ctx, i.Ref, desc, BlobOptions{Origin: source})
 	if err != nil {
 		return nil, err
 	}
@@ -342,26 +340,6 @@ func (i *Image) Fetch(ctx context.Context) error {
 		})
 	}
 	return g.Wait()
-}
-
-// Pin protects the image's blobs from eviction under an owner's name; Unpin ends
-// that.
-func (i *Image) Pin(owner string) error {
-	for _, d := range i.all() {
-		if err := i.f.o.Store.Pin(d.Digest, owner); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Unpin ends the protection that Pin gave under the same owner's name.
-func (i *Image) Unpin(owner string) error {
-	var errs []error
-	for _, d := range i.all() {
-		errs = append(errs, i.f.o.Store.Unpin(d.Digest, owner))
-	}
-	return errors.Join(errs...)
 }
 
 // Progress returns how far each blob is, config first, then the layers in order.

@@ -158,6 +158,8 @@ func (d *download) stuck(now time.Time) error {
 	switch {
 	case d.noPeers || len(d.f.Members()) == 0 && len(d.f.o.Peers) == 0:
 		limit = 0
+	case holders == 0 && active == 0 && d.originErr != nil:
+		limit = 2 * announceEvery // every member was asked; the registry's answer stands
 	case holders == 0 && active == 0:
 		limit = noPeerGrace
 	}
@@ -211,7 +213,7 @@ func (d *download) nextRun(now time.Time, claim bool) []int {
 	}
 	own := d.shareOf(now)
 	most := runShared
-	if d.noPeers || len(d.f.Members()) == 0 {
+	if d.noPeers || len(d.f.Members()) == 0 && len(d.f.o.Peers) == 0 {
 		most = runAlone
 	}
 	var run []int

@@ -68,7 +68,7 @@ type remote struct {
 
 func openRemote(ctx context.Context, c *api.Client, r Request) (Source, error) {
 	req := api.ImageRequest{
-		Ref: r.Ref.String(), Insecure: r.Insecure, SkipWebSeed: r.SkipWebSeed, Pin: r.Seed,
+		Ref: r.Ref.String(), Insecure: r.Insecure, SkipWebSeed: r.SkipWebSeed,
 	}
 	if r.Platform != nil {
 		req.Platform = *r.Platform

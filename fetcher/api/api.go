@@ -79,8 +79,6 @@ type ImageRequest struct {
 	SkipWebSeed bool `json:"skip_web_seed,omitempty"`
 	// Credentials are by registry host, as the docker configuration names it.
 	Credentials map[string]Credential `json:"credentials,omitempty"`
-	// Pin protects the image from eviction until it is unpinned.
-	Pin bool `json:"pin,omitempty"`
 }
 
 // Credential returns the login for a registry's host, as origin.Options wants

@@ -193,13 +193,6 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadGateway, err)
 		return
 	}
-	if req.Pin {
-		if err := img.Pin("image " + img.Ref.String()); err != nil {
-			_ = img.Close()
-			refuse(w, http.StatusInternalServerError, err)
-			return
-		}
-	}
 	id := rand.Text()
 	s.mu.Lock()
 	full := len(s.sessions) >= maxSessions

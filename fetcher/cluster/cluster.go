@@ -28,6 +28,11 @@ const (
 	// helloEvery is how often each known address is asked. A node that dies is
 	// noticed sooner by the blobs it was to deliver; this only keeps the list.
 	helloEvery = 3 * time.Second
+	// helloAgain is the first wait for a configured peer that did not answer at
+	// once; it doubles up to helloEvery. Nodes that are started together miss
+	// each other by a tenth of a second: with only helloEvery, four of them
+	// fetched 2.25 times an image of 64 MiB at 200 Mbit/s from the registry.
+	helloAgain = 200 * time.Millisecond
 	// MemberTTL is how long a member counts as live after its last sign of
 	// life: three hellos, of which two may be lost.
 	MemberTTL = 10 * time.Second
@@ -170,10 +175,14 @@ func (c *Cluster) run(ctx context.Context) {
 	defer close(c.done)
 	c.round(ctx)
 	close(c.first)
-	for {
+	for soon := helloAgain; ; soon *= 2 {
+		wait := helloEvery
+		if soon < wait && len(c.Silent()) > 0 {
+			wait = soon
+		}
 		// A tenth of jitter keeps a rack that was switched on at once from
 		// speaking in one breath for ever.
-		wait := helloEvery + time.Duration(rand.Int64N(int64(helloEvery/10)))
+		wait += time.Duration(rand.Int64N(int64(wait / 10)))
 		select {
 		case <-ctx.Done():
 			return

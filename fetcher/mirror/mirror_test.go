@@ -1,6 +1,7 @@
 package mirror_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -221,6 +222,64 @@ func TestClientGoesAway(t *testing.T) {
 	}
 	c.Close()
 	w.wantWhole(w.get(w.blob(w.img.Layers[0])), w.img.Layers[0])
+}
+
+// Ranges as clients see them; parseRange has the table of what is one.
+func TestRanges(t *testing.T) {
+	w := newWorld(t, rig.RegistryOptions{}, nil)
+	layer := w.img.Layers[0]
+	whole := w.content(layer)
+	for _, c := range []struct {
+		header   string
+		off, end int64
+	}{
+		{"bytes=0-0", 0, 1},
+		{"bytes=262143-262144", 262143, 262145},        // over the seam of two pieces
+		{"bytes=4194300-8388700", 4194300, 8388701},    // over three segments
+		{"bytes=-1", layerSize - 1, layerSize},         // the last byte waits for the digest
+		{"bytes=9437184-", 9437184, layerSize},         // from a piece's start to the end
+		{"bytes=9437000-99999999", 9437000, layerSize}, // beyond the end
+		{"bytes=-99999999", 0, layerSize},              // longer than it is
+		{fmt.Sprintf("bytes=0-%d", layerSize-1), 0, layerSize},
+	} {
+		a := w.get(w.blob(layer), "Range", c.header)
+		want := fmt.Sprintf("bytes %d-%d/%d", c.off, c.end-1, layerSize)
+		if a.StatusCode != http.StatusPartialContent || a.err != nil || a.Header.Get("Content-Range") != want || a.ContentLength != c.end-c.off {
+			t.Errorf("%s: %s, %q, length %d, %v", c.header, a.Status, a.Header.Get("Content-Range"), a.ContentLength, a.err)
+		}
+		if !bytes.Equal(a.body, whole[c.off:c.end]) {
+			t.Errorf("%s: %d other bytes", c.header, len(a.body))
+		}
+	}
+	for _, header := range []string{"bytes=0-1,5-6", "bytes=9-5", "lines=1-2"} {
+		w.wantWhole(w.get(w.blob(layer), "Range", header), layer)
+	}
+	for _, header := range []string{fmt.Sprintf("bytes=%d-", layerSize), "bytes=-0"} {
+		a := w.get(w.blob(layer), "Range", header)
+		w.wantError(a, http.StatusRequestedRangeNotSatisfiable, "RANGE_INVALID")
+		if cr := a.Header.Get("Content-Range"); cr != fmt.Sprintf("bytes */%d", layerSize) {
+			t.Errorf("%s: Content-Range %q", header, cr)
+		}
+	}
+	if head := w.do(http.MethodHead, w.blob(layer), "Range", "bytes=0-9"); len(head.body) != 0 || head.StatusCode/100 != 2 {
+		t.Errorf("HEAD with a range: %s, %d bytes", head.Status, len(head.body))
+	}
+}
+
+// On loopback it is the user at the other end who counts.
+func TestLocalUsers(t *testing.T) {
+	rig.RequireRoot(t)
+	w := newWorld(t, rig.RegistryOptions{}, func(o *mirror.Options) { o.Allow = mirror.LocalUsers(0) })
+	w.wantWhole(w.get(w.url("team/app/manifests/1")), w.img.Manifest)
+	for uid, want := range map[uint32]string{0: "200 ", nobody: "403 "} {
+		if out := getAs(t, uid, w.url("team/app/manifests/1")); !strings.HasPrefix(out, want) {
+			t.Errorf("user %d: %.300s", uid, out)
+		}
+	}
+	out := getAs(t, nobody, w.url("team/app/manifests/1"))
+	if !strings.Contains(out, "docker quay pull") || strings.Contains(out, "layers") {
+		t.Errorf("what is told to another user: %.300s", out)
+	}
 }
 
 // containerd, told of the mirror by a hosts.toml and nothing else, pulls through
