@@ -487,6 +487,35 @@ func TestPeersOnly(t *testing.T) {
 	}
 }
 
+// TestSeedOfWhatIsHere: a blob that was complete when it was opened was never
+// fetched by this process, and is given to others all the same.
+func TestSeedOfWhatIsHere(t *testing.T) {
+	r := newRegistry(t)
+	data := random(3 << 20)
+	desc := r.add(data)
+	s := secret()
+	dir := filepath.Join(t.TempDir(), "a")
+	before := newNode(t, dir, s)
+	if err := before.blob(t, desc, r.origin(t)).Wait(within(t, 20*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if err := before.Close(); err != nil {
+		t.Fatal(err)
+	}
+	a := newNode(t, dir, s)
+	if err := a.blob(t, desc, nil).Wait(within(t, 5*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	b := newNode(t, filepath.Join(t.TempDir(), "b"), s, a.Addr().String())
+	blob := b.blob(t, desc, nil)
+	if err := blob.Wait(within(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(contentOf(t, blob), data) {
+		t.Error("other bytes")
+	}
+}
+
 // A peer whose disk lies is found out: the blob comes right all the same.
 func TestPeerWithWrongBytes(t *testing.T) {
 	for _, withRegistry := range []bool{true, false} {

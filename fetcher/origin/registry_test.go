@@ -205,6 +205,14 @@ func TestRegistrySecure(t *testing.T) {
 			t.Fatalf("got %v", err)
 		}
 	})
+	t.Run("no login, the host twice", func(t *testing.T) {
+		// server and host are the same, and only the latter has the CA: containerd's documentation has it so.
+		twice := certs(t, reg.host, "hosts.toml", fmt.Appendf(nil, "server = \"https://%[1]s\"\n[host.\"https://%[1]s\"]\n  capabilities = [\"pull\", \"resolve\"]\n  ca = %[2]q\n",
+			reg.host, filepath.Join(docker, reg.host, "ca.crt")))
+		if err := try(t, Options{HostDirs: []string{twice}}); !errors.Is(err, ErrDenied) {
+			t.Fatalf("got %v", err)
+		}
+	})
 	t.Run("wrong password", func(t *testing.T) {
 		err := try(t, Options{HostDirs: []string{docker}, DockerConfigDir: dockerConfig(t, reg.host, "u", "wrong")})
 		if !errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), "login of u") {
