@@ -31,6 +31,10 @@ const (
 	// registry is asked as well: well over the 65 ms that a peer with a busy
 	// 200 Mbit/s link needs, well under what a person notices.
 	hedgeAfter = 150 * time.Millisecond
+	// hedgeThrough is the same for an owner that has to ask the registry itself:
+	// with less, three nodes on 200 Mbit/s links hedged each other's reads and
+	// the registry's link was full of bytes that somebody had already.
+	hedgeThrough = 3 * hedgeAfter
 	// joinWithin is how long the first read of a blob waits to learn which
 	// peers have it.
 	joinWithin = 200 * time.Millisecond
@@ -199,7 +203,11 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 		}
 		return d.await(ctx, fl)
 	}
-	hedge := time.NewTimer(hedgeAfter)
+	after := hedgeAfter
+	if through {
+		after = hedgeThrough
+	}
+	hedge := time.NewTimer(after)
 	defer hedge.Stop()
 	var last error
 	for running > 0 {

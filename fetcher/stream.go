@@ -20,8 +20,8 @@ const (
 	// startQuiet is how long after a demand read the next one of a starting
 	// program is expected, and a background fetch that nobody waits for stays
 	// off the link. Python with NumPy, started on two busy cores, computes for up
-	// to a second between reads.
-	startQuiet = 2 * time.Second
+	// to two seconds between reads.
+	startQuiet = 3 * time.Second
 	// holdBack bounds how long one blob's background fetch stays off in all: a
 	// program that reads on and on does not keep its image from being complete.
 	// Three containers that started on a shared 200 Mbit/s link with the
