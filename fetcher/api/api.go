@@ -23,6 +23,7 @@ package api
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -103,13 +104,14 @@ type Image struct {
 	Note     string               `json:"note,omitempty"`
 }
 
-// fault is an error on the wire.
+// fault is an error on the wire: what it says, and which of kinds it is.
 type fault struct {
-	Kind    string `json:"kind,omitempty"`
-	Message string `json:"message"`
+	Kinds   []string `json:"kinds,omitempty"`
+	Message string   `json:"message"`
 }
 
-// kinds are the errors that keep their identity across the socket.
+// kinds are the errors that keep their identity across the socket. An error can
+// be several of them.
 var kinds = []struct {
 	kind string
 	err  error
@@ -119,39 +121,46 @@ var kinds = []struct {
 	{"tls", origin.ErrTLS},
 	{"rate_limited", origin.ErrRateLimited},
 	{"unavailable", origin.ErrUnavailable},
-	{"foreign", trust.ErrForeign}, // also a no_source, and says more
+	{"foreign", trust.ErrForeign},
 	{"no_source", fetcher.ErrNoSource},
 	{"no_platform", fetcher.ErrNoPlatform},
 	{"unsupported", fetcher.ErrUnsupported},
+	{"unsupported_manifest", origin.ErrUnsupported},
+	{"too_large", origin.ErrTooLarge},
+	{"unexpected", origin.ErrUnexpected},
 	{"mismatch", fetcher.ErrMismatch},
-	{"mismatch", origin.ErrMismatch},
+	{"origin_mismatch", origin.ErrMismatch},
+	{"store_mismatch", store.ErrMismatch},
 	{"quota", store.ErrQuota},
 	{"no_space", store.ErrNoSpace},
 }
 
 func faultOf(err error) fault {
+	f := fault{Message: err.Error()}
 	for _, k := range kinds {
 		if errors.Is(err, k.err) {
-			return fault{k.kind, err.Error()}
+			f.Kinds = append(f.Kinds, k.kind)
 		}
 	}
-	return fault{Message: err.Error()}
+	return f
 }
 
 // remoteError is a node's error at the client.
 type remoteError struct {
 	message string
-	kind    error
+	kinds   []error
 }
 
-func (e *remoteError) Error() string { return e.message }
-func (e *remoteError) Unwrap() error { return e.kind }
+func (e *remoteError) Error() string   { return e.message }
+func (e *remoteError) Unwrap() []error { return e.kinds }
 
+// err is the error at the client. Kinds of a newer node are passed over.
 func (f fault) err() error {
+	e := &remoteError{message: f.Message}
 	for _, k := range kinds {
-		if k.kind == f.Kind {
-			return &remoteError{f.Message, k.err}
+		if slices.Contains(f.Kinds, k.kind) {
+			e.kinds = append(e.kinds, k.err)
 		}
 	}
-	return errors.New(f.Message)
+	return e
 }

@@ -20,6 +20,10 @@ import (
 // progressWithin bounds one question for progress; the answer comes from memory.
 const progressWithin = 2 * time.Second
 
+// maxAnswer bounds an answer in bytes: the progress of an image of 512 layers is
+// below 1 MiB.
+const maxAnswer = 16 << 20
+
 // Client talks to a node daemon. It is safe for concurrent use.
 type Client struct {
 	path string
@@ -40,6 +44,7 @@ func Dial(ctx context.Context, path string) (*Client, Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if err := c.call(ctx, http.MethodGet, "/quay/v1/status", nil, &st); err != nil {
+		_ = c.Close()
 		return nil, st, err
 	}
 	return c, st, nil
@@ -104,9 +109,11 @@ func (c *Client) call(ctx context.Context, method, path string, msg, answer any)
 		return err
 	}
 	defer resp.Body.Close()
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 16<<20)).Decode(answer); err != nil {
+	body := io.LimitReader(resp.Body, maxAnswer)
+	if err := json.NewDecoder(body).Decode(answer); err != nil {
 		return fmt.Errorf("node daemon at %s: %w", c.path, err)
 	}
+	_, _ = io.Copy(io.Discard, body) // else the connection is not used again
 	return nil
 }
 
@@ -143,14 +150,25 @@ type stream struct {
 
 func (r *stream) Read(p []byte) (int, error) {
 	n, err := r.ReadCloser.Read(p)
-	if err != nil && err != io.EOF && !errors.Is(err, context.Canceled) {
-		for _, pr := range r.s.Progress() {
-			if pr.Digest == r.desc.Digest && pr.State == fetcher.Failed && pr.Note != "" {
-				return n, errors.New(pr.Note)
-			}
+	if err != nil && err != io.EOF && !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
+		if why := r.s.faultOf(r.desc); why != nil {
+			err = why
 		}
 	}
 	return n, err
+}
+
+// faultOf asks why the stream of a part broke off; nil when the node does not
+// say.
+func (s *Session) faultOf(desc ocispec.Descriptor) error {
+	ctx, cancel := context.WithTimeout(context.Background(), progressWithin)
+	defer cancel()
+	var f fault
+	err := s.c.call(ctx, http.MethodGet, s.path("/content/"+desc.Digest.String()+"/fault"), nil, &f)
+	if err != nil || f.Message == "" {
+		return nil
+	}
+	return f.err()
 }
 
 // Progress asks how far each blob is; nil when the node does not answer.

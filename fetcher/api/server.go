@@ -52,11 +52,14 @@ type Server struct {
 }
 
 type session struct {
-	img  *fetcher.Image
-	o    *origin.Client
-	uid  int
-	used time.Time
-	busy int
+	img *fetcher.Image
+	o   *origin.Client
+	uid int
+
+	// guarded by Server.mu
+	used   time.Time
+	busy   int
+	faults map[digest.Digest]fault // why a stream broke off
 }
 
 // end gives back what a session holds. Streams that others began with its
@@ -76,6 +79,7 @@ func NewServer(o ServerOptions) *Server {
 	s.mux.HandleFunc("GET /quay/v1/status", s.status)
 	s.mux.HandleFunc("POST /quay/v1/images", s.open)
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/content/{digest}", s.with(s.content))
+	s.mux.HandleFunc("GET /quay/v1/images/{session}/content/{digest}/fault", s.with(s.fault))
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/progress", s.with(s.progress))
 	s.mux.HandleFunc("POST /quay/v1/images/{session}/fetch", s.with(s.fetch))
 	s.mux.HandleFunc("DELETE /quay/v1/images/{session}", s.close)
@@ -83,9 +87,23 @@ func NewServer(o ServerOptions) *Server {
 	return s
 }
 
+// shutdownGrace is how long requests get to end when the daemon stops: a manifest
+// or an answer does, a layer need not, for its pull goes on where it was.
+const shutdownGrace = 2 * time.Second
+
 type uidKey struct{}
 
-// Serve answers on l, a unix socket, until it is closed or ctx ends.
+// userOf is the user at the other end of a request; nobody (-1) when the kernel
+// did not tell.
+func userOf(r *http.Request) int {
+	if uid, ok := r.Context().Value(uidKey{}).(int); ok {
+		return uid
+	}
+	return -1
+}
+
+// Serve answers on l, a unix socket, until it is closed or ctx ends; then
+// requests get a moment to end.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
 		Handler:           s.mux,
@@ -96,15 +114,20 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			return context.WithValue(ctx, uidKey{}, uidOf(c))
 		},
 	}
+	over := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		grace, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer close(over)
+		grace, cancel := context.WithTimeout(context.Background(), shutdownGrace)
 		defer cancel()
 		if srv.Shutdown(grace) != nil {
 			_ = srv.Close()
 		}
 	})
-	defer stop()
-	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) && ctx.Err() == nil {
+	err := srv.Serve(l)
+	if !stop() {
+		<-over // requests under way end first
+	}
+	if !errors.Is(err, http.ErrServerClosed) && ctx.Err() == nil {
 		return err
 	}
 	return nil
@@ -133,12 +156,7 @@ func uidOf(c net.Conn) int {
 func (s *Server) Close() {
 	s.stop()
 	<-s.done
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for id, ss := range s.sessions {
-		delete(s.sessions, id)
-		ss.end()
-	}
+	s.end(func(*session) bool { return true })
 }
 
 // expire ends sessions that were left behind.
@@ -150,16 +168,29 @@ func (s *Server) expire(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case now := <-t.C:
+			s.endIdle(now)
 		}
-		s.mu.Lock()
-		for id, ss := range s.sessions {
-			if ss.busy == 0 && time.Since(ss.used) > sessionIdle {
-				delete(s.sessions, id)
-				ss.end()
-			}
+	}
+}
+
+func (s *Server) endIdle(now time.Time) {
+	s.end(func(ss *session) bool { return ss.busy == 0 && now.Sub(ss.used) > sessionIdle })
+}
+
+// end ends the sessions for which over, called with s.mu held, is true.
+func (s *Server) end(over func(*session) bool) {
+	var gone []*session
+	s.mu.Lock()
+	for id, ss := range s.sessions {
+		if over(ss) {
+			delete(s.sessions, id)
+			gone = append(gone, ss)
 		}
-		s.mu.Unlock()
+	}
+	s.mu.Unlock()
+	for _, ss := range gone { // without the lock: closing may wait for a disk
+		ss.end()
 	}
 }
 
@@ -181,7 +212,7 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusInternalServerError, err)
 		return
 	}
-	uid, _ := r.Context().Value(uidKey{}).(int)
+	uid := userOf(r)
 	img, err := s.o.Fetcher.Image(r.Context(), ref, fetcher.ImageOptions{
 		Origin: o, Platform: req.Platform, SkipOrigin: req.SkipWebSeed,
 		AllowCached: func(seen store.Ref) bool {
@@ -189,6 +220,7 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 		},
 	})
 	if err != nil {
+		_ = o.Close()
 		s.o.Log.Info("image refused", "image", ref, "uid", uid, "err", err)
 		refuse(w, http.StatusBadGateway, err)
 		return
@@ -197,12 +229,12 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	full := len(s.sessions) >= maxSessions
 	if !full {
-		s.sessions[id] = &session{img: img, o: o, uid: uid, used: time.Now()}
+		s.sessions[id] = &session{img: img, o: o, uid: uid, used: time.Now(), faults: map[digest.Digest]fault{}}
 	}
 	s.mu.Unlock()
 	if full {
-		_ = img.Close()
-		refuse(w, http.StatusServiceUnavailable, errors.New("too many pulls at once on this node"))
+		(&session{img: img, o: o}).end()
+		refuse(w, http.StatusServiceUnavailable, fmt.Errorf("too many pulls at once on this node: it has %d; try again when some have ended, or use --no-daemon", maxSessions))
 		return
 	}
 	if s.o.Opened != nil && !req.SkipWebSeed {
@@ -217,9 +249,9 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 
 // with finds the session of a request and keeps it alive meanwhile. A session
 // belongs to the user who opened it.
-func (s *Server) with(f func(http.ResponseWriter, *http.Request, *fetcher.Image)) http.HandlerFunc {
+func (s *Server) with(f func(http.ResponseWriter, *http.Request, *session)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		uid, _ := r.Context().Value(uidKey{}).(int)
+		uid := userOf(r)
 		s.mu.Lock()
 		ss := s.sessions[r.PathValue("session")]
 		if ss == nil || ss.uid != uid {
@@ -236,12 +268,13 @@ func (s *Server) with(f func(http.ResponseWriter, *http.Request, *fetcher.Image)
 			ss.used = time.Now()
 			s.mu.Unlock()
 		}()
-		f(w, r, ss.img)
+		f(w, r, ss)
 	}
 }
 
 // content streams a manifest, the config or a layer of the session's image.
-func (s *Server) content(w http.ResponseWriter, r *http.Request, img *fetcher.Image) {
+func (s *Server) content(w http.ResponseWriter, r *http.Request, ss *session) {
+	img := ss.img
 	d, err := digest.Parse(r.PathValue("digest"))
 	if err != nil {
 		refuse(w, http.StatusBadRequest, err)
@@ -264,8 +297,22 @@ func (s *Server) content(w http.ResponseWriter, r *http.Request, img *fetcher.Im
 		f.Flush()
 	}
 	if _, err := io.Copy(w, body); err != nil {
-		panic(http.ErrAbortHandler) // the client asks progress why
+		if r.Context().Err() == nil {
+			s.mu.Lock()
+			ss.faults[d] = faultOf(err)
+			s.mu.Unlock()
+		}
+		panic(http.ErrAbortHandler) // the client asks why
 	}
+}
+
+// fault tells why the last stream of a part broke off; an empty one if it did
+// not.
+func (s *Server) fault(w http.ResponseWriter, r *http.Request, ss *session) {
+	s.mu.Lock()
+	f := ss.faults[digest.Digest(r.PathValue("digest"))]
+	s.mu.Unlock()
+	respond(w, f)
 }
 
 // partOf returns the descriptor of a part of the image.
@@ -278,12 +325,12 @@ func partOf(img *fetcher.Image, d digest.Digest) (ocispec.Descriptor, bool) {
 	return ocispec.Descriptor{}, false
 }
 
-func (s *Server) progress(w http.ResponseWriter, _ *http.Request, img *fetcher.Image) {
-	respond(w, img.Progress())
+func (s *Server) progress(w http.ResponseWriter, _ *http.Request, ss *session) {
+	respond(w, ss.img.Progress())
 }
 
-func (s *Server) fetch(w http.ResponseWriter, r *http.Request, img *fetcher.Image) {
-	if err := img.Fetch(r.Context()); err != nil {
+func (s *Server) fetch(w http.ResponseWriter, r *http.Request, ss *session) {
+	if err := ss.img.Fetch(r.Context()); err != nil {
 		refuse(w, http.StatusBadGateway, err)
 		return
 	}
@@ -291,7 +338,7 @@ func (s *Server) fetch(w http.ResponseWriter, r *http.Request, img *fetcher.Imag
 }
 
 func (s *Server) close(w http.ResponseWriter, r *http.Request) {
-	uid, _ := r.Context().Value(uidKey{}).(int)
+	uid := userOf(r)
 	id := r.PathValue("session")
 	s.mu.Lock()
 	ss := s.sessions[id]
