@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/docker-quay/docker-quay/fetcher/cluster"
 	"github.com/docker-quay/docker-quay/fetcher/store"
 )
 
@@ -42,44 +41,51 @@ func (d *download) stream(r *run) {
 		d.mu.Unlock()
 		d.poke()
 	}()
+	for r.ctx.Err() == nil {
+		d.yield(r.ctx)
+		if !d.fetchNext(r) {
+			return
+		}
+	}
+}
+
+// fetchNext gets the next run; false when there is none, or when the registry
+// failed.
+func (d *download) fetchNext(r *run) bool {
 	select {
 	case d.f.streams <- struct{}{}:
 	case <-r.ctx.Done():
-		return
+		return false
 	}
 	defer func() { <-d.f.streams }()
-	for r.ctx.Err() == nil {
-		d.yield(r.ctx)
-		d.mu.Lock()
-		now := time.Now()
-		var segs []int
-		if d.originUsable(now) && d.state == Fetching {
-			segs = d.nextRun(now, true)
-		}
-		d.mu.Unlock()
-		if len(segs) == 0 {
-			return
-		}
-		d.announceSoon(r)
-		err := d.fetchRun(r.ctx, segs)
-		d.mu.Lock()
-		for _, s := range segs {
-			delete(d.claims, s)
-		}
-		d.mu.Unlock()
-		switch {
-		case err == nil:
-			d.originWorked()
-		case r.ctx.Err() != nil:
-			return
-		case isLocal(err):
-			d.fail(r, err)
-			return
-		default:
-			d.originFailed(err)
-			return
-		}
+	d.mu.Lock()
+	now := time.Now()
+	var segs []int
+	if d.originUsable(now) && d.state == Fetching {
+		segs = d.nextRun(now, true)
 	}
+	d.mu.Unlock()
+	if len(segs) == 0 {
+		return false
+	}
+	d.announceSoon(r)
+	err := d.fetchRun(r.ctx, segs)
+	d.mu.Lock()
+	for _, s := range segs {
+		delete(d.claims, s)
+	}
+	d.mu.Unlock()
+	switch {
+	case err == nil:
+		d.originWorked()
+		return true
+	case r.ctx.Err() != nil:
+	case isLocal(err):
+		d.fail(r, err)
+	default:
+		d.originFailed(err)
+	}
+	return false
 }
 
 // yield holds the bulk fetch of this blob back for demand reads.
@@ -153,12 +159,15 @@ func (d *download) fetchRun(ctx context.Context, segs []int) error {
 		}()
 		first, last = 0, d.pieces
 	}
-	return d.take(ctx, s, first, last, func(i int) bool {
-		d.yield(ctx)
-		per := int(cluster.SegmentSize / d.st.PieceSize())
-		// At a segment that others brought meanwhile the stream ends; what
-		// follows is asked anew.
-		return s.Whole() || i%per != 0 || i == first || !d.segmentHeld(i/per)
+	whole := s.Whole()
+	return d.take(ctx, s, first, last, func(int) bool {
+		if !whole && d.holdsBack() && d.f.hot(startQuiet) {
+			// Its place among the streams, and its claims, are for those that
+			// somebody waits for; what is left is asked anew later.
+			return false
+		}
+		d.f.yield(ctx, 0, yieldWaited)
+		return true
 	})
 }
 
