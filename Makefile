@@ -83,14 +83,16 @@ install: $(BUILT) plugin-host ## binaries, systemd unit, CLI plugin for all user
 .PHONY: plugin-user
 plugin-user: $(BUILT) ## the CLI plugin for this user: ~/.docker/cli-plugins
 	install -D -m 0755 $(BIN)/docker-quay $(USER_PLUGINS)/docker-quay
+	ln -sf docker-quay $(USER_PLUGINS)/docker-torrent
 
 .PHONY: plugin-host
 plugin-host: $(BUILT) ## the CLI plugin for all users: /usr/local/lib/docker/cli-plugins
 	install -D -m 0755 $(BIN)/docker-quay $(HOST_PLUGINS)/docker-quay
+	ln -sf docker-quay $(HOST_PLUGINS)/docker-torrent
 
 .PHONY: uninstall
 uninstall: ## removes what the install targets put there, and nothing else
-	rm -f $(BINDIR)/docker-quay $(BINDIR)/containerd-quay-grpc $(HOST_PLUGINS)/docker-quay $(USER_PLUGINS)/docker-quay
+	rm -f $(BINDIR)/docker-quay $(BINDIR)/containerd-quay-grpc $(foreach dir,$(HOST_PLUGINS) $(USER_PLUGINS),$(dir)/docker-quay $(dir)/docker-torrent)
 	rm -f $(foreach unit,$(UNITS),$(UNITDIR)/$(notdir $(unit)))
 
 .PHONY: clean

@@ -54,6 +54,7 @@ type Request struct {
 	Insecure    bool // plain HTTP and unverified TLS allowed
 	SkipWebSeed bool // blobs from peers only
 	Seed        bool // the image is opened to be given to others
+	NoSeed      bool // nothing is given to others
 
 	Peers        []string // HOST:PORT
 	SecretFile   string   // "" = no peers

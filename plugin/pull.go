@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -20,6 +21,7 @@ type pullOptions struct {
 	lazy              string
 	containerdAddress string
 	snapshotter       string
+	noSeed            bool
 }
 
 func newPull(dockerCLI command.Cli, o Options, torrent bool) *cobra.Command {
@@ -66,6 +68,7 @@ can be pushed and saved; "keep" does not; "never" fetches all of them first.
 	flags := cmd.Flags()
 	opts.install(flags, torrent)
 	flags.DurationVar(&opts.duration, "duration", 0, "Go on giving the image to peers for this long after the pull")
+	flags.BoolVar(&opts.noSeed, "no-seed", false, "Give nothing to peers, not even while pulling")
 	flags.StringVar(&opts.to, "to", "auto", "Where the image goes: auto, docker, classic, load, containerd[:namespace], store")
 	flags.StringVar(&opts.lazy, "lazy", string(target.AutoLazy), "What becomes of lazily mounted layers: auto, keep, never")
 	flags.StringVar(&opts.containerdAddress, "containerd-address", "", "The `socket` of containerd (default: looked for)")
@@ -82,6 +85,10 @@ func runPull(ctx context.Context, dockerCLI command.Cli, o Options, opts pullOpt
 	if err != nil {
 		return status(ctx, err)
 	}
+	if opts.noSeed && opts.duration > 0 {
+		return status(ctx, usageError{errors.New("--no-seed and --duration exclude each other")})
+	}
+	req.NoSeed = opts.noSeed
 	switch target.Lazy(opts.lazy) {
 	case target.AutoLazy, target.KeepLazy, target.NeverLazy:
 	default:

@@ -92,7 +92,7 @@ func openRemote(ctx context.Context, c *api.Client, r Request) (Source, error) {
 	if s.Image.Note != "" {
 		src.notes = append(src.notes, s.Image.Note)
 	}
-	if len(r.Peers) > 0 || r.UploadRate > 0 || r.DownloadRate > 0 {
+	if len(r.Peers) > 0 || r.UploadRate > 0 || r.DownloadRate > 0 || r.NoSeed {
 		src.notes = append(src.notes, "the node daemon fetches, with the peers and the rates of its own configuration; --no-daemon uses those of the command line")
 	}
 	return src, nil
@@ -192,7 +192,7 @@ func openEmbedded(ctx context.Context, r Request, note string) (_ Source, err er
 	}
 	s.fetcher, err = fetcher.New(ctx, fetcher.Options{
 		Store: s.store, Secret: secret, Ports: r.Ports, Peers: r.Peers,
-		UploadRate: r.UploadRate, DownloadRate: r.DownloadRate, Log: r.Log,
+		UploadRate: r.UploadRate, DownloadRate: r.DownloadRate, NoSeed: r.NoSeed, Log: r.Log,
 	})
 	if err != nil {
 		return nil, err
