@@ -9,6 +9,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 export GOTOOLCHAIN := local
+# One dependency of the torrent library has a database in C that is never used: without cgo it is not compiled either.
+export CGO_ENABLED := 0
 
 MODULE  := github.com/docker-quay/docker-quay
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -34,8 +36,8 @@ PACKAGES     ?= ./...
 
 .PHONY: build
 build: ## static binaries in build/bin
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/docker-quay ./plugin/docker-quay
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/containerd-quay-grpc ./snapshotter/containerd-quay-grpc
+	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/docker-quay ./plugin/docker-quay
+	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/containerd-quay-grpc ./snapshotter/containerd-quay-grpc
 
 .PHONY: deps
 deps: ## tools and servers for the tests: pinned versions in build/, a few packages by apt
