@@ -120,7 +120,7 @@ func (st *state) write(p []byte, off int64) (int, error) {
 	}
 	st.mu.Unlock()
 
-	n, err := st.data.WriteAt(p, off)
+	n, err := st.put(p, off)
 
 	st.mu.Lock()
 	for i := first; i <= last; i++ {
@@ -134,6 +134,24 @@ func (st *state) write(p []byte, off int64) (int, error) {
 		return n, fmt.Errorf("write blob %s at %d: %w", st.digest, off, noSpace(err))
 	}
 	return n, nil
+}
+
+// writeSize is the most that one system call writes. ext4 on kernels with large folios tries to find memory in one stretch for each
+// write, and where memory is in pieces it moves pages about for that: 4 GiB in writes of 1 MiB took 14.5 s of system time, of 512 KiB
+// 5.3 s, of 256 KiB 2.1 s, of 128 KiB 1.8 s, of 32 KiB 2.1 s (Linux 6.18, 24 GiB of memory, most of it page cache).
+const writeSize = 128 * kib
+
+// put writes p at off in parts.
+func (st *state) put(p []byte, off int64) (int, error) {
+	done := 0
+	for done < len(p) {
+		n, err := st.data.WriteAt(p[done:min(done+writeSize, len(p))], off+int64(done))
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
 }
 
 // mark makes piece i held; crc nil: read it back. The record is written after the data, by plain writes: a killed process has both in
