@@ -126,6 +126,9 @@ func TestLayersOverRegistry(t *testing.T) {
 			if err := r.Close(); err != nil {
 				t.Error(err)
 			}
+			if err := shutdownAll(node.Services)(t.Context()); err != nil {
+				t.Error(err)
+			}
 			if err := node.Close(t.Context()); err != nil {
 				t.Error(err)
 			}

@@ -5,11 +5,13 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 
 	"golang.org/x/crypto/bcrypt"
@@ -69,14 +71,20 @@ func (r *Rig) StartRegistry(ctx context.Context, o RegistryOptions) (*Registry, 
 	return g, g.Start(ctx)
 }
 
-// freeAddress is host with a port that nobody listens on just now.
+// freeAddress is host with a port that nobody listens on just now, taken from below the range that the kernel gives to
+// outgoing connections (32768 and up): one of those could have it before the registry starts.
 func freeAddress(node *Node, host string) (string, error) {
-	l, err := node.Listen(net.JoinHostPort(host, "0"))
-	if err != nil {
-		return "", fmt.Errorf("find a free port on %s: %w", host, err)
+	const first, count, tries = 20000, 10000, 50
+	var err error
+	for range tries {
+		var l net.Listener
+		l, err = node.Listen(net.JoinHostPort(host, strconv.Itoa(first+rand.IntN(count))))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String(), nil
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return "", fmt.Errorf("find a free port on %s: %w", host, err)
 }
 
 // configure writes what the registry reads at its start.
