@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -153,7 +154,7 @@ func (t *Containerd) Pull(ctx context.Context, img Image) (res Result, err error
 		}
 	}
 
-	if err := t.unpack(ctx, img, ref); err != nil {
+	if err := t.unpackPatiently(ctx, img, ref); err != nil {
 		return res, err
 	}
 	if known && t.keepDangling && old.Target.Digest != img.Target().Digest {
@@ -188,6 +189,29 @@ func (t *Containerd) Pull(ctx context.Context, img Image) (res Result, err error
 		}
 	}
 	return res, nil
+}
+
+const (
+	// snapshotterBack bounds the wait for a snapshotter that does not answer: containerd dials one that was restarted
+	// again after 1 to 3 s, and fails what is asked meanwhile.
+	snapshotterBack = 10 * time.Second
+	// snapshotterPause is the pause between two tries, half of it chance.
+	snapshotterPause = 500 * time.Millisecond
+)
+
+// unpackPatiently is unpack, over again while the snapshotter is not there. What was fetched is not fetched again.
+func (t *Containerd) unpackPatiently(ctx context.Context, img Image, ref string) error {
+	for begun := time.Now(); ; {
+		err := t.unpack(ctx, img, ref)
+		if !errdefs.IsUnavailable(err) || time.Since(begun) > snapshotterBack {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(snapshotterPause/2 + rand.N(snapshotterPause)):
+		}
+	}
 }
 
 // unpack runs containerd's own unpacker over the image's tree, with the manifest of our platform as the only one.
