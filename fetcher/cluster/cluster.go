@@ -283,7 +283,7 @@ func (c *Cluster) saw(m Member) {
 	c.o.Log.Info("peer joined", "node", m.ID, "addr", m.Addr)
 }
 
-// Lost tells that a member failed to answer just now: it stops being live until
+// lost tells that a member failed to answer just now: it stops being live until
 // its next hello.
 func (c *Cluster) lost(id string) {
 	c.mu.Lock()
