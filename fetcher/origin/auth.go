@@ -19,10 +19,10 @@ import (
 // caller's too) as if it were one, and it goes on with a token that the registry has refused. So it is used by one caller at a time,
 // and replaced by a fresh one when it failed or its token was refused.
 type auth struct {
-	client     *Client
-	host       *host
-	repository string
-	exchange   *http.Client // to the token service
+	client   *Client
+	host     *host
+	scope    string       // that is asked for: "repository:NAME:pull"
+	exchange *http.Client // to the token service
 
 	slot chan struct{} // holds one: who has taken it may use what follows
 	docker.Authorizer
@@ -32,8 +32,9 @@ type auth struct {
 	trouble    error  // of the credential helper, for error messages
 }
 
-func newAuth(c *Client, h *host, repository string) *auth {
-	a := &auth{client: c, host: h, repository: repository, slot: make(chan struct{}, 1)}
+// newAuth makes one for actions ("pull", "pull,push") in a repository.
+func newAuth(c *Client, h *host, repository, actions string) *auth {
+	a := &auth{client: c, host: h, scope: "repository:" + repository + ":" + actions, slot: make(chan struct{}, 1)}
 	a.exchange = &http.Client{
 		Transport: tokenTransport{a},
 		Timeout:   c.limits.token,
@@ -111,7 +112,7 @@ func (a *auth) authorize(ctx context.Context, req *http.Request) (ticket, error)
 	}
 	defer func() { <-a.slot }()
 	t := a.ticketLocked()
-	err := a.Authorize(docker.ContextWithAppendPullRepositoryScope(ctx, a.repository), req)
+	err := a.Authorize(docker.WithScope(ctx, a.scope), req)
 	if err != nil {
 		a.renewLocked()
 	}

@@ -64,6 +64,8 @@ func wireFailure(err error) failure {
 		timeout interface{ Timeout() bool }
 	)
 	switch {
+	case errors.Is(err, errInward):
+		f.again = never
 	case errors.Is(err, http.ErrSchemeMismatch):
 		f.kind, f.again = ErrTLS, never
 		f.hint = "it speaks plain HTTP: use --insecure if you trust the network to it"

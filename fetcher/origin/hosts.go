@@ -100,9 +100,10 @@ func (c *Client) readHosts(registry string) ([]*host, error) {
 	}
 	var hosts []*host
 	for _, rh := range configured {
-		if slices.ContainsFunc(hosts, func(h *host) bool { return h.repeats(rh) }) {
+		if i := slices.IndexFunc(hosts, func(h *host) bool { return h.repeats(rh) }); i >= 0 {
 			// The usual hosts.toml has `server = URL` and, with its CA, `[host.URL]`. Asked a second time, without the CA, the
 			// registry would seem to have wrong TLS to somebody whom it has just told to log in.
+			hosts[i].Capabilities |= rh.Capabilities & docker.HostCapabilityPush
 			continue
 		}
 		t := transports[rh.Client]
@@ -115,7 +116,7 @@ func (c *Client) readHosts(registry string) ([]*host, error) {
 			h.namespace = registry
 		}
 		loopback, _ := docker.MatchLocalhost(rh.Host)
-		insecure := c.options.Insecure && h.namespace == ""
+		insecure := (c.options.Insecure || c.options.OnBehalf && slices.Contains(c.options.Own, registry)) && h.namespace == ""
 		h.lax = loopback || insecure
 		c.tune(h.transport)
 
@@ -136,6 +137,9 @@ func (c *Client) readHosts(registry string) ([]*host, error) {
 			h.static = accessName(registry, "header", a)
 		} else if len(tls.Certificates) > 0 {
 			h.static = accessName(registry, "certificate", string(tls.Certificates[0].Certificate[0]))
+		}
+		if c.options.OnBehalf {
+			c.restrain(h, registry, specific)
 		}
 		hosts = append(hosts, h)
 	}

@@ -1,9 +1,10 @@
-// Package origin reads images from a registry: the source of last resort, and the first to ask for what nobody near has.
+// Package origin reads images from a registry: the source of last resort, and the first to ask for what nobody near has. It also keeps
+// there the small things that belong to an image and point to it, OCI referrers.
 //
 // A [Client] knows hosts, certificates and credentials; a [Repository] is one repository seen through it; a [Stream] is a
 // range of one blob. The hosts are containerd's: hosts.toml and docker's ca.crt/client.cert below certs.d, mirrors in their
 // order with the registry itself last, credentials from docker's config file and its helpers, tokens fetched and renewed by
-// containerd's authorizer with nothing but the pull scope of the repository.
+// containerd's authorizer with nothing but the pull scope of the repository, and its push scope for what is pushed.
 //
 // # What is promised
 //
@@ -14,6 +15,8 @@
 //
 // Every wait and every number of attempts is bounded (limits.go holds the bounds and their reasons), all waits end with the
 // context, and a pause that a host asks for is kept by all streams of the client to that host.
+//
+// What is pushed goes to the registry itself, never to a mirror. Pushing is repeatable: what is there already is left as it is.
 //
 // A credential goes to the host it belongs to and to the token service that host names, never along a redirect.
 // A URL that was signed for us is a credential too: errors and logs name its host, not its query.
@@ -55,6 +58,12 @@ type Options struct {
 	// Insecure allows plain HTTP and unverified TLS with the registry that a reference names (not with its mirrors,
 	// which have their own setting in hosts.toml). Loopback registries may always be plain HTTP.
 	Insecure bool
+	// OnBehalf is for a client that asks for somebody on another machine, with that one's Credentials. What lets this node in
+	// (headers and client certificates of hosts.toml) stays out of it, and addresses of this machine and its link are not
+	// connected to, but for registries that Own or a folder of HostDirs names.
+	OnBehalf bool
+	// Own are the registries, as host or host:port, that OnBehalf may ask by any address, plain HTTP and unverified TLS.
+	Own []string
 	// UserAgent is sent with every request; "" is "docker-quay".
 	UserAgent string
 	// Log is told of retries, mirrors that failed and credential helpers that do not work; nil is silence.
@@ -74,6 +83,7 @@ type Client struct {
 	log     *slog.Logger
 	counts  counts
 	pauses  pauses
+	tagging chan struct{} // holds one: who has taken it may change the tags that list referrers
 
 	mu    sync.Mutex // guards hosts
 	hosts map[string]hostSet
@@ -112,7 +122,7 @@ func New(o Options) (*Client, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Client{options: o, limits: defaultLimits, log: o.Log, hosts: map[string]hostSet{}}
+	c := &Client{options: o, limits: defaultLimits, log: o.Log, hosts: map[string]hostSet{}, tagging: make(chan struct{}, 1)}
 	if o.MaxRetries != 0 {
 		c.limits.retries = max(o.MaxRetries, 0)
 	}
@@ -180,7 +190,8 @@ func (c *Client) Repository(ref reference.Named) (*Repository, error) {
 	for _, h := range hosts {
 		r.endpoints = append(r.endpoints, &endpoint{
 			host:      h,
-			auth:      newAuth(c, h, reference.Path(name)),
+			auth:      newAuth(c, h, reference.Path(name), "pull"),
+			pushAuth:  newAuth(c, h, reference.Path(name), "pull,push"),
 			redirects: redirects{m: map[digest.Digest]redirect{}},
 		})
 	}
@@ -201,7 +212,8 @@ type Repository struct {
 // endpoint is one host as one repository uses it.
 type endpoint struct {
 	*host
-	auth      *auth
+	auth      *auth // to read
+	pushAuth  *auth // to write: a token of its own, so that reading never needs more than the right to read
 	redirects redirects
 }
 

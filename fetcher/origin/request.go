@@ -1,6 +1,7 @@
 package origin
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -16,18 +17,27 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// call is a GET below a repository: what a person would say it is for, and how long to insist.
+// call is a request below a repository: what a person would say it is for, and how long to insist.
 type call struct {
 	op        string // "read the manifest of"
 	reference string
-	path      string // "blobs/sha256:…"
-	header    http.Header
-	blob      digest.Digest // whose redirect may be reused; "" for none
-	patient   bool          // nobody else is left to ask
-	waited    time.Duration // in all pauses so far
+	path      string   // "blobs/sha256:…"
+	url       *url.URL // instead of path: where the registry itself said to go on
+	method    string   // "" is GET
+	payload   []byte   // what is sent
+	push      bool     // asks with the right to push
+	// as authorizes a request to the host itself in place of tokens and of hosts.toml's headers; nil for those.
+	as      func(*http.Request)
+	header  http.Header
+	blob    digest.Digest // whose redirect may be reused; "" for none
+	patient bool          // nobody else is left to ask
+	waited  time.Duration // in all pauses so far
 }
 
-// answer is a response with 200 or 206.
+// reads reports whether an answer tells what who asks may read: Access.
+func (k *call) reads() bool { return !k.push && k.as == nil }
+
+// answer is a response with 200 or 206; to a push also with 201, 202, or 204.
 type answer struct {
 	*http.Response
 	host string // that sent it
@@ -125,7 +135,10 @@ func (r *Repository) round(ctx context.Context, ep *endpoint, k *call) (_ *answe
 		ep.redirects.drop(k.blob, u)
 	}
 
-	u := ep.url(reference.Path(r.name), k.path)
+	u := k.url
+	if u == nil {
+		u = ep.url(reference.Path(r.name), k.path)
+	}
 	life := redirectMax
 	challenges := 0
 	for hop := 0; ; {
@@ -137,8 +150,10 @@ func (r *Repository) round(ctx context.Context, ep *endpoint, k *call) (_ *answe
 			return nil, u.Host, t, f
 		}
 		switch status := resp.StatusCode; {
-		case status == http.StatusOK || status == http.StatusPartialContent:
-			if ep.owns(u) {
+		case status == http.StatusOK || status == http.StatusPartialContent,
+			k.push && (status == http.StatusCreated || status == http.StatusAccepted || status == http.StatusNoContent),
+			k.method == http.MethodHead && isRedirect(status): // what it would lead to is there, and may be signed for GET alone
+			if ep.owns(u) && k.reads() {
 				r.granted(used.access)
 			}
 			if hop > 0 && k.blob != "" {
@@ -147,10 +162,10 @@ func (r *Repository) round(ctx context.Context, ep *endpoint, k *call) (_ *answe
 			}
 			return &answer{resp, u.Host}, u.Host, t, nil
 
-		case ep.owns(u) && challenges < c.limits.challenges && (challenges == 0 || !basic(resp.Request)) &&
+		case ep.owns(u) && k.as == nil && challenges < c.limits.challenges && (challenges == 0 || !basic(resp.Request)) &&
 			(status == http.StatusUnauthorized || status == http.StatusForbidden && resp.Header.Get("WWW-Authenticate") != ""):
 			challenges++
-			if err := ep.auth.challenged(ctx, used, resp); err != nil {
+			if err := ep.authFor(k).challenged(ctx, used, resp); err != nil {
 				f := used.tokenFailure(err)
 				if f.kind == ErrDenied && f.cause == nil {
 					f = *c.refusal(resp) // its own words are better than ours
@@ -160,13 +175,13 @@ func (r *Repository) round(ctx context.Context, ep *endpoint, k *call) (_ *answe
 			}
 			discard(resp)
 
-		case isRedirect(status) && resp.Header.Get("Location") != "":
+		case isRedirect(status) && resp.Header.Get("Location") != "" && (k.method == "" || status >= http.StatusTemporaryRedirect):
 			next, f := c.follow(ep, resp, hop)
 			discard(resp)
 			if f != nil {
 				return nil, u.Host, t, f
 			}
-			if ep.owns(u) {
+			if ep.owns(u) && k.reads() {
 				r.granted(used.access)
 			}
 			life = min(life, lifetime(next, clock(resp.Header)))
@@ -197,7 +212,7 @@ func (r *Repository) get(ctx context.Context, ep *endpoint, u *url.URL, k *call)
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, k.method, u.String(), bytes.NewReader(k.payload)) // "" is GET
 	if err != nil {
 		cancel()
 		return nil, ticket{}, &failure{kind: ErrUnexpected, cause: bare(err)}
@@ -210,10 +225,14 @@ func (r *Repository) get(ctx context.Context, ep *endpoint, u *url.URL, k *call)
 	rt := http.RoundTripper(ep.transport)
 	if ep.owns(u) {
 		rt = ep.own
+	}
+	if ep.owns(u) && k.as != nil {
+		k.as(req)
+	} else if ep.owns(u) {
 		for key, v := range ep.Header {
 			req.Header[http.CanonicalHeaderKey(key)] = v
 		}
-		if t, err = ep.auth.authorize(ctx, req); err != nil {
+		if t, err = ep.authFor(k).authorize(ctx, req); err != nil {
 			cancel()
 			f := t.tokenFailure(err)
 			return nil, t, &f
@@ -229,6 +248,14 @@ func (r *Repository) get(ctx context.Context, ep *endpoint, u *url.URL, k *call)
 	}
 	resp.Body = newBody(resp.Body, cancel, c.limits.stall, &c.counts.bytes)
 	return resp, t, nil
+}
+
+// authFor is what authorizes a call.
+func (ep *endpoint) authFor(k *call) *auth {
+	if k.push {
+		return ep.pushAuth
+	}
+	return ep.auth
 }
 
 // basic reports whether a request carried a password: the same password is not worth a second try, an account may get locked. (A
@@ -318,12 +345,16 @@ func (r *Repository) hint(ep *endpoint, k call, t ticket, kind error) string {
 	login := loginCommand(ep.Host)
 	switch kind {
 	case ErrDenied:
+		may := "pull"
+		if k.push {
+			may = "push to"
+		}
 		hint := fmt.Sprintf("%s does not exist or needs a login: run `%s`", r.name, login)
 		switch {
 		case t.user != "":
-			hint = fmt.Sprintf("%s does not exist, or the login of %s for %s may not pull it: run `%s`", r.name, oneLine(t.user, maxCode), ep.Host, login)
+			hint = fmt.Sprintf("%s does not exist, or the login of %s for %s may not %s it: run `%s`", r.name, oneLine(t.user, maxCode), ep.Host, may, login)
 		case t.access != "" && t.access != Public:
-			hint = fmt.Sprintf("%s does not exist, or your login for %s may not pull it: run `%s`", r.name, ep.Host, login)
+			hint = fmt.Sprintf("%s does not exist, or your login for %s may not %s it: run `%s`", r.name, ep.Host, may, login)
 		}
 		if t.trouble != nil {
 			hint += fmt.Sprintf(" (asked without a login, because %s)", oneLine(t.trouble.Error(), maxMessage))

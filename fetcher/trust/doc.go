@@ -11,7 +11,8 @@
 //   - No byte of application data passes before both ends proved that they hold the secret.
 //   - The node ID of a peer (see [PeerID]) comes from the key that it proved to hold, not from what it says.
 //   - Clocks do not matter: certificates are judged at a fixed moment, so a machine that believes in 1970 still joins.
-//   - One port serves everything: the protocol of a connection is chosen by ALPN (see [Listener]).
+//   - One port number serves everything: ALPN chooses the protocol of a connection (see [Listener]), and the UDP port of
+//     the same number carries membership packets.
 //
 // # What is not
 //

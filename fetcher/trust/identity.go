@@ -20,6 +20,9 @@ import (
 const (
 	// ProtoSwarm is BitTorrent's peer protocol. The version rises when old and new nodes must not exchange pieces.
 	ProtoSwarm = "quay-swarm/1"
+	// ProtoGossip is the stream half of the membership protocol. Its version rises when old and new nodes must not form
+	// one list of members.
+	ProtoGossip = "quay-gossip/1"
 	// ProtoHTTP is HTTP/2, ProtoHTTP1 HTTP/1.1; both reach Listener.HTTP.
 	ProtoHTTP  = "h2"
 	ProtoHTTP1 = "http/1.1"

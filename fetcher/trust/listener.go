@@ -28,16 +28,21 @@ const (
 
 	// acceptRetry is the pause after accept failed for want of descriptors or memory; closing connections is what helps.
 	acceptRetry = 50 * time.Millisecond
+
+	// anyPortTries is how often a port that the kernel chose for TCP may turn out to be taken for UDP.
+	anyPortTries = 16
 )
 
-// Listener is a node's one TLS port. It performs handshakes side by side, drops whoever is not a member, and hands each
+// Listener is a node's one port. It performs handshakes side by side, drops whoever is not a member, and hands each
 // connection to the net.Listener of the protocol it negotiated. Connections that it hands out are *tls.Conn with the
-// handshake done and belong to whoever accepted them.
+// handshake done and belong to whoever accepted them. The UDP port of the same number is the node's, too: see Packets.
 type Listener struct {
 	tcp    net.Listener
+	udp    net.PacketConn
 	config *tls.Config
 	swarm  *protoListener
 	http   *protoListener
+	gossip *protoListener
 
 	ctx  context.Context // ends with Close
 	stop context.CancelFunc
@@ -48,7 +53,7 @@ type Listener struct {
 }
 
 // Listen opens the node's port on addr: a host or IP address ("" and "0.0.0.0", "[::]" for all), which may carry a port
-// that then counts instead of ports. Of ports, the first that is free is taken.
+// that then counts instead of ports. Of ports, the first that is free, for TCP and for UDP, is taken.
 func Listen(addr string, ports PortRange, id *Identity) (*Listener, error) {
 	host := addr
 	if h, p, err := net.SplitHostPort(addr); err == nil {
@@ -59,34 +64,50 @@ func Listen(addr string, ports PortRange, id *Identity) (*Listener, error) {
 	} else if len(addr) > 2 && addr[0] == '[' && addr[len(addr)-1] == ']' {
 		host = addr[1 : len(addr)-1]
 	}
-	tcp, err := listenTCP(host, ports)
+	tcp, udp, err := listenBoth(host, ports)
 	if err != nil {
 		return nil, err
 	}
-	l := &Listener{tcp: tcp, config: id.Server(ProtoSwarm, ProtoHTTP, ProtoHTTP1)}
+	l := &Listener{tcp: tcp, udp: udp, config: id.Server(ProtoSwarm, ProtoGossip, ProtoHTTP, ProtoHTTP1)}
 	l.swarm = newProtoListener(tcp.Addr())
 	l.http = newProtoListener(tcp.Addr())
+	l.gossip = newProtoListener(tcp.Addr())
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	l.wg.Add(1)
 	go l.accept()
 	return l, nil
 }
 
-func listenTCP(host string, ports PortRange) (net.Listener, error) {
-	network := "tcp"
+// listenBoth opens the first of ports that is free for TCP and for UDP.
+func listenBoth(host string, ports PortRange) (net.Listener, net.PacketConn, error) {
+	family := ""
 	if ip, err := netip.ParseAddr(host); err == nil && ip.Is4() {
-		network = "tcp4" // else Go takes 0.0.0.0 for "IPv6, too"
+		family = "4" // else Go takes 0.0.0.0 for "IPv6, too"
+	}
+	tries := 1
+	if ports == (PortRange{}) {
+		tries = anyPortTries
 	}
 	for port := int(ports.First); port <= int(ports.Last); port++ {
-		tcp, err := net.Listen(network, net.JoinHostPort(host, strconv.Itoa(port)))
-		if err == nil {
-			return tcp, nil
-		}
-		if !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, fmt.Errorf("cannot listen for peers: %w", err)
+		for range tries {
+			tcp, err := net.Listen("tcp"+family, net.JoinHostPort(host, strconv.Itoa(port)))
+			if errors.Is(err, syscall.EADDRINUSE) {
+				break
+			}
+			if err != nil {
+				return nil, nil, fmt.Errorf("cannot listen for peers: %w", err)
+			}
+			udp, err := net.ListenPacket("udp"+family, tcp.Addr().String())
+			if err == nil {
+				return tcp, udp, nil
+			}
+			tcp.Close()
+			if !errors.Is(err, syscall.EADDRINUSE) {
+				return nil, nil, fmt.Errorf("cannot listen for peers: %w", err)
+			}
 		}
 	}
-	return nil, fmt.Errorf("cannot listen for peers: no port of %v is free on %q; choose another range, or 0 for any port: %w",
+	return nil, nil, fmt.Errorf("cannot listen for peers: no port of %v is free on %q for TCP and UDP; choose another range, or 0 for any port: %w",
 		ports, host, syscall.EADDRINUSE)
 }
 
@@ -102,6 +123,18 @@ func (l *Listener) Swarm() net.Listener { return l.swarm }
 // HTTP yields the connections that speak HTTP/2 or HTTP/1.1, ready for http.Server.Serve.
 func (l *Listener) HTTP() net.Listener { return l.http }
 
+// Gossip yields the connections that speak ProtoGossip.
+func (l *Listener) Gossip() net.Listener { return l.gossip }
+
+// Packets is the UDP socket on the port number of Addr. Unlike connections, packets arrive as anybody sent them: whoever
+// reads them has to check them. The reader may close it; Close does in any case. A nil Listener has none.
+func (l *Listener) Packets() net.PacketConn {
+	if l == nil {
+		return nil
+	}
+	return l.udp
+}
+
 // Close stops listening, ends handshakes in progress, closes connections that nobody accepted, and waits for all that
 // it started. It can be called more than once.
 func (l *Listener) Close() error {
@@ -113,6 +146,10 @@ func (l *Listener) Close() error {
 	l.wg.Wait()
 	l.swarm.Close()
 	l.http.Close()
+	l.gossip.Close()
+	if e := l.udp.Close(); err == nil && !errors.Is(e, net.ErrClosed) {
+		err = e
+	}
 	return err
 }
 
@@ -176,6 +213,8 @@ func (l *Listener) handshake(c net.Conn) {
 		l.swarm.put(tc)
 	case ProtoHTTP, ProtoHTTP1:
 		l.http.put(tc)
+	case ProtoGossip:
+		l.gossip.put(tc)
 	default:
 		c.Close()
 	}

@@ -29,6 +29,9 @@ const (
 	// cluster into old and new nodes.
 	labelCA  = "docker-quay trust v1: certificate authority"
 	labelKey = "docker-quay trust v1: key: "
+
+	// labelGossip is the label that GossipKey gives to Key.
+	labelGossip = "gossip"
 )
 
 var (
@@ -151,6 +154,9 @@ func (s Secret) Save(path string) error {
 func (s Secret) Key(label string, n int) []byte {
 	return s.derive(labelKey+label, n)
 }
+
+// GossipKey is the key (32 bytes) that members seal their membership packets with.
+func (s Secret) GossipKey() []byte { return s.Key(labelGossip, 32) }
 
 func (s Secret) derive(info string, n int) []byte {
 	if s == (Secret{}) {

@@ -160,6 +160,9 @@ func TestKeyGolden(t *testing.T) {
 	if got := hex.EncodeToString(fixed().Key("gossip", 32)); got != goldenGossipKey {
 		t.Errorf("key %s, want %s", got, goldenGossipKey)
 	}
+	if got := hex.EncodeToString(fixed().GossipKey()); got != goldenGossipKey {
+		t.Errorf("gossip key %s, want %s", got, goldenGossipKey)
+	}
 	if bytes.Equal(fixed().Key("a", 32), fixed().Key("b", 32)) {
 		t.Error("two labels give one key")
 	}
