@@ -68,6 +68,31 @@ lint: ## gofmt, vet, staticcheck, govulncheck where its database can be reached
 bench-fetch: deps build ## 1 GiB from a loopback registry against plain HTTP range + sha256
 	QUAY_TEST_BIN='$(CURDIR)/$(BIN)' go run ./test/bench/fetch $(BENCH_FLAGS)
 
+.PHONY: bench-swarm bench-demand bench-node
+bench-swarm: ## cold nodes at once on shaped links, with every mishap, against plain pulls; as root
+bench-demand: ## reads that somebody waits for, from a peer, idle and beside a full download; as root
+bench-node: ## what 1,000 blobs cost a node that has nothing to do; as root
+bench-swarm bench-demand bench-node: deps build
+	@[ "$$(id -u)" = 0 ] || { echo 'make $@: needs root, for network namespaces and node daemons' >&2; exit 1; }
+	QUAY_TEST_BIN='$(CURDIR)/$(BIN)' go run ./test/bench/$(@:bench-%=%) $(BENCH_FLAGS)
+
+.PHONY: bench-simulate
+bench-simulate: ## up to ten thousand nodes by a virtual clock: table, JSON and build/bench/simulate.svg (QUICK=1: up to a thousand)
+	go run ./test/bench/simulate $(BENCH_FLAGS)
+
+# How long each fuzz target runs. One worker: two at a time leave a shared machine nothing.
+FUZZTIME ?= 10m
+
+.PHONY: fuzz
+fuzz: ## every fuzz target, one after the other, for FUZZTIME each; stops at the first crash
+	@go list -f '{{.Dir}}|{{.ImportPath}}|{{range .TestGoFiles}}{{.}} {{end}}{{range .XTestGoFiles}}{{.}} {{end}}' $(PACKAGES) | \
+	  while IFS='|' read -r dir package files; do \
+	    for target in $$(cd "$$dir" && { [ -z "$$files" ] || sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(f \*testing\.F).*/\1/p' $$files; }); do \
+	      echo "$$package $$target"; \
+	      go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -parallel 1 "$$package" </dev/null || exit 1; \
+	    done; \
+	  done
+
 # With Go at hand the install targets bring the binaries up to date first; without (sudo often has no Go on its PATH) they take
 # those that `make` left in build/bin.
 BINARIES := $(BIN)/docker-quay $(BIN)/containerd-quay-grpc

@@ -20,6 +20,7 @@ type Blob struct {
 	d     *download
 	desc  ocispec.Descriptor
 	close sync.Once
+	over  func() // ends what was begun for this handle alone; may be nil
 }
 
 // Descriptor is the one the blob was asked with.
@@ -108,7 +109,12 @@ func (b *Blob) File() (*os.File, error) { return b.d.st.File() }
 
 // Close gives the handle back. A fetch without handles stops where it is.
 func (b *Blob) Close() error {
-	b.close.Do(b.d.release)
+	b.close.Do(func() {
+		if b.over != nil {
+			b.over()
+		}
+		b.d.release()
+	})
 	return nil
 }
 
@@ -249,6 +255,11 @@ func (d *download) progress(desc ocispec.Descriptor) Progress {
 	if tor != nil {
 		s := tor.Stats()
 		p.Peers = s.Peers
+		p.Uploaded += s.Uploaded
+	}
+	for _, o := range d.openNow() {
+		s := o.tor.Stats()
+		p.Peers += s.Peers
 		p.Uploaded += s.Uploaded
 	}
 	return p

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
@@ -27,10 +29,16 @@ const (
 const (
 	// maxFlight is the most bytes one demand request covers.
 	maxFlight = 2 << 20
-	// hedgeAfter is how long a peer may take for a demand read before the
-	// registry is asked as well: well over the 65 ms that a peer with a busy
-	// 200 Mbit/s link needs, well under what a person notices.
-	hedgeAfter = 150 * time.Millisecond
+	// hedgeAfter is how long a peer may take for a demand read before the registry
+	// is asked as well, while little is known of how long peers take: well over the
+	// 65 ms that a peer with a busy 200 Mbit/s link needs, well under what a person
+	// notices. Once hedgeKnown reads were timed it is hedgeFactor of their 99th
+	// percentile, within bounds.
+	hedgeAfter  = 150 * time.Millisecond
+	hedgeFactor = 2
+	hedgeKnown  = 32
+	hedgeLeast  = 20 * time.Millisecond
+	hedgeMost   = 600 * time.Millisecond
 	// hedgeThrough is the same for an owner that has to ask the registry itself:
 	// with less, three nodes on 200 Mbit/s links hedged each other's reads and
 	// the registry's link was full of bytes that somebody had already.
@@ -38,10 +46,22 @@ const (
 	// joinWithin is how long the first read of a blob waits to learn which
 	// peers have it.
 	joinWithin = 200 * time.Millisecond
+	// lookSoon and lookLate are how often a blob that is only read here and there
+	// asks its keeper who holds it now: a node that has just joined may ask before
+	// the keeper has heard of the holders, so soon at first and half as often each
+	// time.
+	lookSoon = 200 * time.Millisecond
+	lookLate = 10 * time.Second
+	// sourceGrace is how long a demand read that finds nobody to ask looks for
+	// somebody.
+	sourceGrace = 2 * time.Second
 	// flightTries is how often a demand read is tried before its error is
 	// handed to the reader; the registry client retries below that.
 	flightTries = 3
 )
+
+// flightBufs hold the bytes of one flight each.
+var flightBufs = sync.Pool{New: func() any { b := make([]byte, maxFlight); return &b }}
 
 // flight is the fetch of a row of pieces that somebody waits for.
 type flight struct {
@@ -88,6 +108,11 @@ func (d *download) gather(ctx context.Context, first, last int, prio Priority, p
 			cancel()
 			d.mu.Lock()
 		}
+		if !d.noPeers && d.run == nil && time.Since(d.keeper.asked) > d.lookAgain() {
+			d.keeper.asked = time.Now()
+			d.keeper.looks++
+			d.wg.Go(func() { d.announceNow(d.ctx) })
+		}
 		per := max(int(maxFlight/d.st.PieceSize()), 1)
 		for i := first; i <= last; i++ {
 			fl := d.flights[i]
@@ -124,6 +149,14 @@ func (d *download) gather(ctx context.Context, first, last int, prio Priority, p
 	}
 }
 
+// lookAgain is when the keeper is asked again. Called with d.mu held.
+func (d *download) lookAgain() time.Duration {
+	if d.keeper.complete > 0 {
+		return lookLate
+	}
+	return min(lookSoon<<min(d.keeper.looks, 10), lookLate)
+}
+
 func (d *download) holds(first, last int) bool {
 	for i := first; i <= last; i++ {
 		if !d.st.Has(i) {
@@ -141,6 +174,18 @@ func (d *download) fly(fl *flight, prio Priority, peers bool) {
 	}
 	begun := time.Now()
 	fl.err = d.race(d.ctx, fl, peers)
+	// A node that has just joined may ask before the blob's keeper has heard of
+	// those that hold it.
+	for wait := joinWithin / 4; errors.Is(fl.err, ErrNoSource) && peers && !d.noPeers && time.Since(begun)+wait < sourceGrace; wait *= 2 {
+		if sleep(d.ctx, wait) != nil {
+			break
+		}
+		d.announceNow(d.ctx)
+		fl.err = d.race(d.ctx, fl, peers)
+	}
+	if prio == Demand {
+		d.f.count.demanded(d.st.Source(fl.first), time.Since(begun), fl.err)
+	}
 	d.log.Debug("demand", "first", fl.first, "last", fl.last, "prio", prio, "took", time.Since(begun), "err", fl.err)
 	d.mu.Lock()
 	for i := fl.first; i <= fl.last; i++ {
@@ -163,12 +208,12 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 	}
 	var peers []cluster.Member
 	through := false
-	if askPeers {
+	if askPeers && !d.noPeers {
 		if peers = d.holdersOf(fl); len(peers) == 0 && source != nil {
 			peers, through = d.ownerOf(fl), true
 		}
 	}
-	bulk := d.run != nil
+	bulk, torrents := d.run != nil, len(d.opens) > 0 || d.seeking > 0
 	d.mu.Unlock()
 
 	results := make(chan error, 1+len(peers))
@@ -196,16 +241,16 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 		return true
 	}
 	if !next() {
-		if whole && !bulk {
-			d.start() // one stream that brings all is the only way
+		if (whole || torrents) && !bulk {
+			d.start() // one stream that brings all is the only way, or a torrent
 		} else if !bulk {
 			return fmt.Errorf("%s: %w", d.what(), ErrNoSource)
 		}
 		return d.await(ctx, fl)
 	}
-	after := hedgeAfter
+	after := d.f.delays.hedge()
 	if through {
-		after = hedgeThrough
+		after = max(after, hedgeThrough)
 	}
 	hedge := time.NewTimer(after)
 	defer hedge.Stop()
@@ -223,6 +268,9 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 			}
 			next()
 		case <-hedge.C:
+			if source != nil || len(peers) > 0 {
+				d.f.count.hedges.Add(1)
+			}
 			if source != nil {
 				askOrigin()
 			} else {
@@ -244,6 +292,7 @@ func (d *download) await(ctx context.Context, fl *flight) error {
 			tor.Want(i)
 		}
 	}
+	d.wishOpen(fl.first, fl.last)
 	for {
 		changed := d.st.Changed()
 		if d.holds(fl.first, fl.last) {
@@ -262,44 +311,51 @@ func (d *download) await(ctx context.Context, fl *flight) error {
 	}
 }
 
-// holdersOf returns up to two participants that hold a flight, in random order.
-// Called with d.mu held.
+// holdersOf returns up to two participants that hold a flight, those of this
+// node's zone first and else in random order. Called with d.mu held.
 func (d *download) holdersOf(fl *flight) []cluster.Member {
-	per := int(cluster.SegmentSize / d.st.PieceSize())
-	now := time.Now()
 	var ms []cluster.Member
 	for _, p := range d.parts {
-		if d.banned[p.ID] || now.Sub(p.heard) > silentAfter && !p.Complete() || now.Sub(p.heard) > cluster.MemberTTL {
+		if d.banned[p.ID] || !d.doubts[p.ID].IsZero() {
 			continue
 		}
 		all := p.Complete()
-		for s := fl.first / per; !all && s <= fl.last/per && p.Held.Has(s); s++ {
-			all = s == fl.last/per
+		for s, last := d.segmentOf(fl.first), d.segmentOf(fl.last); !all && s <= last && p.Held.Has(s); s++ {
+			all = s == last
 		}
 		if all {
 			ms = append(ms, p.Member)
 		}
 	}
 	rand.Shuffle(len(ms), func(a, b int) { ms[a], ms[b] = ms[b], ms[a] })
+	zone := d.f.o.Zone
+	slices.SortStableFunc(ms, func(a, b cluster.Member) int { return away(a, zone) - away(b, zone) })
 	return ms[:min(len(ms), 2)]
 }
 
-// ownerOf returns the participant that owns a flight's segment, when that is not
-// this node: nodes that start the same image at once all read the same pieces,
+func away(m cluster.Member, zone string) int {
+	if m.Zone == zone {
+		return 0
+	}
+	return 1
+}
+
+// ownerOf returns the node that reads through for a flight's segment, when that is
+// not this node: nodes that start the same image at once all read the same pieces,
 // and the owner takes each from the registry once. Called with d.mu held.
 func (d *download) ownerOf(fl *flight) []cluster.Member {
-	if d.noPeers {
+	if d.noPeers || len(d.keeper.owners) == 0 {
 		return nil
 	}
-	w := d.shareOf(time.Now())
-	per := int(cluster.SegmentSize / d.st.PieceSize())
-	owner := cluster.Owner(d.desc.Digest, fl.first/per, w.nodes)
-	for _, p := range w.parts {
-		if p.ID == owner {
-			return []cluster.Member{p.Member}
-		}
+	ids := make([]string, len(d.keeper.owners))
+	for i, m := range d.keeper.owners {
+		ids[i] = m.ID
 	}
-	return nil
+	owner := cluster.Owner(d.desc.Digest, d.segmentOf(fl.first), ids)
+	if owner == d.f.cluster.ID() || d.banned[owner] || !d.doubts[owner].IsZero() {
+		return nil
+	}
+	return []cluster.Member{d.keeper.owners[slices.Index(ids, owner)]}
 }
 
 func (d *download) flightRange(fl *flight) (off, n int64) {
@@ -310,14 +366,33 @@ func (d *download) flightRange(fl *flight) (off, n int64) {
 
 func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight, through bool) error {
 	off, n := d.flightRange(fl)
-	p := make([]byte, n)
-	if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, through); err != nil {
+	bp := flightBufs.Get().(*[]byte)
+	defer flightBufs.Put(bp)
+	p := (*bp)[:n]
+	begun := time.Now()
+	said, err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, cluster.ReadOptions{Through: through, Vouch: !d.table.knows(fl.first, fl.last)})
+	if err != nil {
 		if ctx.Err() == nil && !(through && errors.Is(err, cluster.ErrNotHeld)) {
 			d.mu.Lock()
-			delete(d.parts, m.ID) // until it says again what it has
+			delete(d.parts, m.ID) // until the keeper names it again
 			d.mu.Unlock()
 		}
 		return err
+	}
+	if !through {
+		d.f.delays.add(time.Since(begun))
+	}
+	d.table.learn(said)
+	for i, rest := fl.first, p; i <= fl.last; i++ {
+		_, n := d.st.PieceRange(i)
+		w, err := d.table.wait(ctx, i, []string{m.ID})
+		if err == nil {
+			err = d.table.check(i, rest[:n], w, m.ID)
+		}
+		if err != nil {
+			return err
+		}
+		rest = rest[n:]
 	}
 	return d.putAll(fl, p, store.Peer, m.ID)
 }
@@ -349,4 +424,16 @@ func (d *download) putAll(fl *flight, p []byte, src store.Source, peer string) e
 		p = p[n:]
 	}
 	return nil
+}
+
+// sleep waits for d or the end of ctx.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }

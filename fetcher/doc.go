@@ -9,7 +9,7 @@
 // to 1 MiB, see store.PieceSize) from three sources that run side by side:
 //
 //   - the registry, asked in ranges. When other nodes fetch the same blob, each
-//     asks only for the segments it owns (package cluster), so that the cluster
+//     asks only for the segments it was lent (package cluster), so that the cluster
 //     as a whole takes one copy;
 //   - the swarm, BitTorrent between the nodes of the trust domain (package
 //     swarm), for bulk;

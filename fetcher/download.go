@@ -12,6 +12,7 @@ import (
 
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/time/rate"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
 	"github.com/docker-quay/docker-quay/fetcher/store"
@@ -55,6 +56,9 @@ type download struct {
 	pieces  int
 	segs    int
 
+	up, down         *rate.Limiter // of this blob; nil: no limit
+	upRate, downRate meter
+
 	ctx    context.Context // ends with the download
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // everything that works on the download
@@ -65,6 +69,7 @@ type download struct {
 	readUp                           atomic.Int64 // bytes given to peers by ranged reads
 	lastPiece                        atomic.Int64 // unix nanoseconds of the last arrival
 	lastPeerPiece                    atomic.Int64
+	begun                            atomic.Int64 // when the run began
 	waiters                          atomic.Int32 // who waits for all of the blob
 	heldBack                         atomic.Int64 // how long the background fetch was put off, nanoseconds
 
@@ -79,6 +84,7 @@ type download struct {
 	name     string // of an image it belongs to, for messages
 	touched  time.Time
 	announce bool // an announcement is under way
+	again    bool // and another one is due after it
 
 	origin      Origin
 	originErr   error     // the last error of origin
@@ -88,18 +94,29 @@ type download struct {
 	workers     int  // registry streams of the bulk fetch
 
 	claims    map[int]bool            // segments being fetched from the registry
+	leases    map[int]lease           // segments this node was lent
+	eaten     meal                    // for hungry
+	keeper    keeper                  // what the blob's keeper said last
 	flights   map[int]*flight         // pieces being fetched because somebody waits
 	parts     map[string]*participant // members that take part, by node ID
 	supplier  map[int]supplier        // who gave a piece of the current attempt
 	banned    map[string]bool         // node IDs
+	bannedFor map[string]BanReason    // why
 	suspects  []string                // node IDs whose pieces another peer had otherwise
+	doubts    map[string]time.Time    // node IDs that do not deliver, and since when
+	table     *table                  // what members say the pieces contain
 	wanted    map[int]bool            // pieces asked of the swarm
 	available []uint16                // how many connected peers have each piece, a tick ago
-	ownDone   time.Time               // since when nothing of the own share is left
 	believed  string                  // node ID of the peer that was believed last
 	attempts  int                     // digest mismatches so far
 	joined    bool
 	tor       *swarm.Torrent
+
+	opens     []*openSource // open swarms
+	openSince time.Time     // when the last was entered, or searched for
+	seeking   int           // searches for torrents under way
+	wrongMeta int           // torrents that were not of this blob
+	byOpen    bool          // a piece of the current attempt came by one
 }
 
 // supplier names who gave a piece: a node ID, or "" when that is not known.
@@ -124,12 +141,19 @@ func newDownload(f *Fetcher, desc ocispec.Descriptor, st *store.Blob) *download 
 		done:     make(chan struct{}),
 		touched:  time.Now(),
 		claims:   map[int]bool{},
+		leases:   map[int]lease{},
+		doubts:   map[string]time.Time{},
 		flights:  map[int]*flight{},
 		parts:    map[string]*participant{},
 		supplier: map[int]supplier{},
 		banned:   map[string]bool{},
-		wanted:   map[int]bool{},
+		up:       limiter(f.o.UploadRatePerBlob),
+		down:     limiter(f.o.DownloadRatePerBlob),
+
+		bannedFor: map[string]BanReason{},
+		wanted:    map[int]bool{},
 	}
+	d.table = newTable(d)
 	d.ctx, d.cancel = context.WithCancel(f.ctx)
 	d.fromCache.Store(st.Have())
 	if st.Complete() {
@@ -170,8 +194,12 @@ func (d *download) release() {
 	d.mu.Lock()
 	d.refs--
 	d.touched = time.Now()
-	keep := d.refs > 0 || d.tor != nil && d.state == Complete && !d.f.o.NoSeed
+	used := d.refs > 0
+	keep := used || d.tor != nil && d.state == Complete && !d.f.o.NoSeed
 	d.mu.Unlock()
+	if !used {
+		d.leaveOpen()
+	}
 	if !keep {
 		d.stopIfIdle(0)
 	}
@@ -234,6 +262,7 @@ func (d *download) shut() {
 	if tor != nil {
 		tor.Drop()
 	}
+	d.leaveOpen()
 	d.f.forget(d)
 	if err := d.st.Close(); err != nil {
 		d.log.Warn("closing a blob", "err", err)
@@ -286,6 +315,7 @@ func (d *download) startRun() {
 	now := time.Now().UnixNano()
 	d.lastPiece.Store(now)
 	d.lastPeerPiece.Store(now)
+	d.begun.Store(now)
 	d.wg.Go(func() { d.schedule(r) })
 	d.wg.Go(func() { d.verify(r) })
 }
@@ -317,11 +347,20 @@ func (d *download) complete(r *run) {
 	d.setState(Complete)
 	d.note = ""
 	d.run = nil
-	d.supplier = map[int]supplier{}
+	var came []int
+	for i := range d.supplier {
+		if d.fromOpen(i) {
+			came = append(came, i)
+		}
+	}
+	d.supplier, d.byOpen = map[int]supplier{}, false
 	d.claims = map[int]bool{}
+	d.leases = map[int]lease{}
 	close(d.done)
 	d.mu.Unlock()
-	// Members learn it now rather than from a HAVE at a time.
+	d.settleOpen(came)
+	d.f.holds(d)
+	// The keeper learns it now, and who is new next hears of it.
 	d.announceNow(d.ctx)
 	r.cancel()
 }
@@ -344,6 +383,9 @@ func (d *download) put(i int, p []byte, src store.Source, peer string) error {
 	if d.st.Has(i) {
 		return nil
 	}
+	if src == store.Origin {
+		d.table.own(i, p)
+	}
 	// The sum of the bytes at hand: reading each piece back for it took 0.2 of
 	// 1.9 CPU-s per GiB.
 	if err := d.st.MarkPieceCRC(i, src, crc32.Checksum(p, castagnoli)); err != nil {
@@ -353,6 +395,7 @@ func (d *download) put(i int, p []byte, src store.Source, peer string) error {
 	if tor := d.torrent(); tor != nil {
 		tor.Have(i)
 	}
+	d.tellOpen(i, peer)
 	return nil
 }
 
@@ -360,12 +403,25 @@ func (d *download) put(i int, p []byte, src store.Source, peer string) error {
 func (d *download) arrived(i, n int, src store.Source, peer string) {
 	now := time.Now().UnixNano()
 	d.lastPiece.Store(now)
+	d.f.count.arrived(src, n)
+	d.downRate.add(time.Unix(0, now), int64(n))
 	d.mu.Lock()
 	delete(d.wanted, i)
+	for _, o := range d.opens {
+		delete(o.wanted, i)
+		if o.name == peer {
+			o.last, o.met = time.Unix(0, now), true
+			o.count++
+		}
+	}
 	if src == store.Peer {
 		d.supplier[i] = peer
 		d.fromPeers.Add(int64(n))
-		d.lastPeerPiece.Store(now)
+		if d.fromOpen(i) {
+			d.byOpen = true
+		} else {
+			d.lastPeerPiece.Store(now)
+		}
 	} else {
 		d.fromOrigin.Add(int64(n))
 	}

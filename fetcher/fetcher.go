@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/netip"
@@ -12,12 +11,14 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/anacrolix/torrent/metainfo"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/time/rate"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
+	"github.com/docker-quay/docker-quay/fetcher/gossip"
 	"github.com/docker-quay/docker-quay/fetcher/origin"
 	"github.com/docker-quay/docker-quay/fetcher/store"
 	"github.com/docker-quay/docker-quay/fetcher/swarm"
@@ -46,6 +47,9 @@ const (
 	// burst is the size of the token bucket of both rate limits, in bytes: one
 	// BitTorrent chunk must fit, and a second's worth would defeat a low limit.
 	burst = 256 << 10
+	// defaultPort is the port of a peer that is named without one: the first of
+	// those that nodes listen on.
+	defaultPort = 6881
 	// idleSeed is how long a blob that nobody here uses stays in the swarm
 	// after the last sign of another node's interest.
 	idleSeed = 10 * time.Minute
@@ -67,11 +71,32 @@ type Options struct {
 	// Advertise is the address others reach this node at, when that is not the
 	// one its connections come from (NAT). The zero value means they see it.
 	Advertise netip.AddrPort
-	// Peers are host:port addresses of other nodes; one is enough to find all.
+	// Peers are host:port addresses of other nodes; one is enough to find all. A DNS
+	// name stands for all its addresses.
 	Peers []string
+	// LocalDiscovery finds nodes of the cluster on the networks this one is on.
+	LocalDiscovery bool
+	// Zone is where this node stands, in any words: others of the same zone are
+	// asked first.
+	Zone string
+	// Ephemeral is for a process that comes and goes: others entrust nothing to it.
+	Ephemeral bool
 	// UploadRate and DownloadRate limit the traffic in bytes a second, with
 	// peers in both directions and from the registry; 0 is no limit.
 	UploadRate, DownloadRate int64
+	// UploadRatePerBlob and DownloadRatePerBlob limit those of each blob.
+	UploadRatePerBlob, DownloadRatePerBlob int64
+	// Connections bounds the connections with other nodes, 0: 4096;
+	// ConnectionsPerBlob those of BitTorrent for one blob, 0: 50. Those of membership,
+	// which last for milliseconds, are not counted.
+	Connections, ConnectionsPerBlob int
+	// Reach says whether registries are asked by this node or through members.
+	Reach Reach
+	// Behalf says how registries are asked for members that cannot: host folders,
+	// user agent, own registries. Credentials come from who asks. nil: they are not.
+	Behalf *origin.Options
+	// Open is this node's part in open BitTorrent swarms, beside that of the cluster and without its secret; nil is none.
+	Open *OpenOptions
 	// NoSeed gives nothing to other nodes, not even while fetching.
 	NoSeed bool
 	Log    *slog.Logger
@@ -93,16 +118,30 @@ type Fetcher struct {
 	up, down   *rate.Limiter // nil: no limit
 	demand     atomic.Int32  // demand reads under way in this process
 	lastDemand atomic.Int64  // when the last one ended, in unix nanoseconds
+	delays     delays        // of ranged reads from peers
+	patience   patience      // what registries asked of the cluster
+	count      counts        // for Stats
+
+	away          unreached    // registries this node could not reach
+	awayForOthers unreached    // registries it could not reach for members
+	kept          atomic.Int64 // bytes of manifests kept because members asked
 
 	// nil without a secret
+	id       *trust.Identity
 	listener *trust.Listener
+	gossip   *gossip.Gossip
 	cluster  *cluster.Cluster
 	swarm    *swarm.Swarm
 	http     *http.Server
+	inbound  *inbound
 
 	mu        sync.Mutex // guards following
 	closed    bool
 	downloads map[digest.Digest]*download
+	hashes    map[metainfo.Hash]cluster.Hold // complete blobs by infohash
+	errands   map[errandKey]*errand
+
+	opens openSwarms
 }
 
 // New starts a fetcher. With a secret it opens the node's port and says hello to
@@ -114,6 +153,9 @@ func New(ctx context.Context, o Options) (_ *Fetcher, err error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if err := o.checkLimits(); err != nil {
+		return nil, err
+	}
 	if o.Secret == nil && len(o.Peers) > 0 {
 		return nil, errors.New("peers are reached with the cluster's secret only: make one with `docker quay node secret` on one node, copy it to the others and name it with --secret-file")
 	}
@@ -123,6 +165,8 @@ func New(ctx context.Context, o Options) (_ *Fetcher, err error) {
 		up:        limiter(o.UploadRate),
 		down:      limiter(o.DownloadRate),
 		downloads: map[digest.Digest]*download{},
+		hashes:    map[metainfo.Hash]cluster.Hold{},
+		errands:   map[errandKey]*errand{},
 	}
 	f.ctx, f.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -139,35 +183,46 @@ func New(ctx context.Context, o Options) (_ *Fetcher, err error) {
 	return f, nil
 }
 
-// join opens the node's port and starts swarm and cluster on it.
-func (f *Fetcher) join() error {
-	id, err := f.o.Secret.Identity()
+// join opens the node's port and starts membership, swarm and cluster on it.
+func (f *Fetcher) join() (err error) {
+	if f.id, err = f.o.Secret.Identity(); err != nil {
+		return err
+	}
+	f.listener, err = trust.Listen(f.o.Listen, f.o.Ports, f.id)
 	if err != nil {
 		return err
 	}
-	f.listener, err = trust.Listen(f.o.Listen, f.o.Ports, id)
+	f.gossip, err = gossip.Start(f.ctx, gossip.Options{
+		Identity: f.id, Key: f.o.Secret.GossipKey(),
+		Streams: f.listener.Gossip(), Packets: f.listener.Packets(),
+		Advertise: f.o.Advertise, Peers: f.o.Peers, DefaultPort: defaultPort, LocalDiscovery: f.o.LocalDiscovery,
+		Self:      gossip.Node{Zone: f.o.Zone, Ephemeral: f.o.Ephemeral, Origin: f.o.Reach != ThroughMembers && f.o.Behalf != nil},
+		OnMessage: f.told, Log: f.log,
+	})
 	if err != nil {
 		return err
 	}
+	bulk, in, out := f.o.places()
 	f.swarm, err = swarm.New(swarm.Options{
-		ID: id, Listener: f.listener.Swarm(), Seed: !f.o.NoSeed,
-		UploadLimit: f.up, DownloadLimit: f.down, Log: f.log,
+		ID: f.id, Listener: f.listener.Swarm(), Seed: !f.o.NoSeed, Unknown: f.connects,
+		UploadLimit: f.up, DownloadLimit: f.down, Connections: bulk, ConnectionsPerTorrent: f.o.perBlob(), Log: f.log,
 	})
 	if err != nil {
 		return err
 	}
 	f.cluster = cluster.New(cluster.Options{
-		ID: id.ID(), PeerID: trust.PeerID, Client: id.Client(trust.ProtoHTTP1),
-		Port: f.listener.Addr().Port(), Advertise: f.o.Advertise,
-		Peers: f.o.Peers, Holder: holder{f}, Log: f.log,
+		Membership: f.gossip, PeerID: trust.PeerID, Client: f.id.Client(trust.ProtoHTTP1),
+		Holder: holder{f}, Errands: behalf{f}, Body: f.limitedBody, Connections: out, Log: f.log,
 	})
+	f.inbound = newInbound(f.listener.HTTP(), in)
 	f.http = &http.Server{
 		Handler:           f.cluster.Handler(),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
+		ConnState:         f.inbound.state,
 		ErrorLog:          slog.NewLogLogger(f.log.Handler(), slog.LevelDebug),
 	}
-	f.wg.Go(func() { _ = f.http.Serve(f.listener.HTTP()) })
+	f.wg.Go(func() { _ = f.http.Serve(f.inbound) })
 	return nil
 }
 
@@ -196,6 +251,9 @@ func (f *Fetcher) Close() error {
 	if f.cluster != nil {
 		f.cluster.Close()
 	}
+	if f.gossip != nil {
+		_ = f.gossip.Close()
+	}
 	if f.http != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		if f.http.Shutdown(ctx) != nil {
@@ -209,6 +267,7 @@ func (f *Fetcher) Close() error {
 	if f.swarm != nil {
 		_ = f.swarm.Close()
 	}
+	f.closeOpenSwarms()
 	if f.listener != nil {
 		_ = f.listener.Close()
 	}
@@ -261,6 +320,7 @@ func (f *Fetcher) Blob(ctx context.Context, ref reference.Named, desc ocispec.De
 	if err != nil {
 		return nil, err
 	}
+	f.count.fromCache.Add(d.st.Have())
 	d.offer(ref, o.Origin)
 	return &Blob{d: d, desc: desc}, nil
 }
@@ -367,28 +427,4 @@ func (f *Fetcher) yield(ctx context.Context, quiet, limit time.Duration) {
 			t.Reset(step)
 		}
 	}
-}
-
-// limited returns r slowed to the download rate.
-func (f *Fetcher) limited(ctx context.Context, r io.Reader) io.Reader {
-	if f.down == nil {
-		return r
-	}
-	return &limitedReader{ctx, r, f.down}
-}
-
-type limitedReader struct {
-	ctx context.Context
-	r   io.Reader
-	l   *rate.Limiter
-}
-
-func (l *limitedReader) Read(p []byte) (int, error) {
-	n, err := l.r.Read(p[:min(len(p), burst)])
-	if n > 0 {
-		if werr := l.l.WaitN(l.ctx, n); werr != nil {
-			return n, werr
-		}
-	}
-	return n, err
 }

@@ -32,7 +32,9 @@ import (
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m,
 		// The torrent library keeps one global goroutine for its log levels.
-		goleak.IgnoreAnyFunction("github.com/anacrolix/torrent.(*Client).statusUpdated"))
+		goleak.IgnoreAnyFunction("github.com/anacrolix/torrent.(*Client).statusUpdated"),
+		// A ping of memberlist's under way when its node was closed ends by itself.
+		goleak.IgnoreAnyFunction("github.com/hashicorp/memberlist.(*Memberlist).probeNode"))
 }
 
 // registry is a registry with blobs in memory that counts what it gives.

@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"sync"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
@@ -49,10 +47,18 @@ type ImageOptions struct {
 	// SkipOrigin takes the blobs from peers only. Manifests still come from the
 	// registry, which is asked whether the caller may have the image.
 	SkipOrigin bool
+	// Offline accepts, when no registry and no member that reaches it answers,
+	// the newest digest that members saw under the name; without it only what this
+	// node saw itself.
+	Offline bool
 	// AllowCached decides whether an image whose registry cannot be reached may
 	// be served from what the store saw; nil allows it. It is where a node that
 	// serves several users asks whether this one has had access.
 	AllowCached func(store.Ref) bool
+	// Torrents says whether torrents that were published for the layers are looked for and used; "" is TorrentsAuto.
+	Torrents TorrentPolicy
+	// Trackers, announce URLs, replace those of published torrents when there are any: see CheckTrackers.
+	Trackers []string
 }
 
 // Image is a resolved image: a manifest for one platform and the way to its
@@ -72,6 +78,11 @@ type Image struct {
 	// Note says where the answer came from when that was not the registry.
 	Note string
 
+	access string // as the registry let it be read, through whomever
+	remote bool   // a member told what the image is: this node does not reach the registry
+
+	torrents *torrentSearch // nil when none are looked for
+
 	mu    sync.Mutex // guards following
 	blobs map[digest.Digest]*Blob
 	seen  map[digest.Digest]int64 // bytes on disk before a blob was opened
@@ -79,8 +90,10 @@ type Image struct {
 
 // Image resolves a reference: its tag to an index or manifest, that to the
 // manifest of one platform. The registry is asked first; when it cannot be
-// reached, what this store saw last under the same name is used, and Note says
-// so. A registry that refuses is never overruled.
+// reached, or is not to be asked, members of the trust domain that reach it are
+// asked, with the credentials of o.Origin. When there are none, what this store
+// saw last under the same name is used, or what members saw, and Note says so. A
+// registry that refuses is never overruled.
 func (f *Fetcher) Image(ctx context.Context, ref reference.Named, o ImageOptions) (*Image, error) {
 	img, body, err := f.find(ctx, ref, o)
 	if err != nil {
@@ -94,96 +107,7 @@ func (f *Fetcher) Image(ctx context.Context, ref reference.Named, o ImageOptions
 			img.seen[d.Digest] = info.Have
 		}
 	}
-	return img, nil
-}
-
-// Manifest returns the descriptor and body of what a reference names, an index
-// or a manifest, as Image finds it.
-func (f *Fetcher) Manifest(ctx context.Context, ref reference.Named, o ImageOptions) (ocispec.Descriptor, []byte, error) {
-	img, body, err := f.find(ctx, ref, o)
-	if err != nil {
-		return ocispec.Descriptor{}, nil, err
-	}
-	return img.Target, body, nil
-}
-
-// find returns an image of which only the target is known yet, and its body.
-func (f *Fetcher) find(ctx context.Context, ref reference.Named, o ImageOptions) (*Image, []byte, error) {
-	ref = reference.TagNameOnly(ref)
-	img := &Image{f: f, o: o, Ref: ref, blobs: map[digest.Digest]*Blob{}, seen: map[digest.Digest]int64{}}
-	var err error
-	if img.repo, err = o.Origin.Repository(ref); err != nil {
-		return nil, nil, err
-	}
-	name := "latest"
-	if t, ok := ref.(reference.Tagged); ok {
-		name = t.Tag()
-	}
-	if d, ok := ref.(reference.Digested); ok {
-		name = d.Digest().String()
-	}
-	var body []byte
-	img.Target, body, err = img.repo.Manifest(ctx, name)
-	switch {
-	case err == nil:
-		if err := f.o.Store.PutContent(img.Target.Digest, body); err != nil {
-			return nil, nil, err
-		}
-		err := f.o.Store.SetRef(store.Ref{Name: ref.String(), Target: img.Target, Seen: time.Now(), Access: img.repo.Access()})
-		if err != nil {
-			return nil, nil, err
-		}
-	case errors.Is(err, origin.ErrUnavailable):
-		if body, err = img.cached(err); err != nil {
-			return nil, nil, err
-		}
-	default:
-		return nil, nil, err
-	}
-	return img, body, nil
-}
-
-// cached finds what the store saw under the reference; away is why the registry
-// did not answer.
-func (i *Image) cached(away error) ([]byte, error) {
-	r, err := i.f.o.Store.Ref(i.Ref.String())
-	if d, ok := i.Ref.(reference.Digested); ok && errors.Is(err, fs.ErrNotExist) {
-		// Not asked for by this name before, but perhaps as part of an index.
-		r, err = i.contentRef(d.Digest())
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, away
-	}
-	if err != nil {
-		return nil, errors.Join(away, err)
-	}
-	if i.o.AllowCached != nil && !i.o.AllowCached(r) {
-		return nil, fmt.Errorf("%w (this node holds the image, but gives it without the registry's word only to a user who was let in before)", away)
-	}
-	body, err := i.f.o.Store.Content(r.Target.Digest)
-	if err != nil {
-		return nil, away
-	}
-	i.Target = r.Target
-	i.Note = fmt.Sprintf("the registry cannot be reached; using %s as seen %s", r.Target.Digest, r.Seen.UTC().Format(time.RFC3339))
-	i.f.log.Warn("registry away, using what was seen", "image", i.Ref, "digest", r.Target.Digest, "seen", r.Seen, "err", away)
-	return body, nil
-}
-
-// contentRef describes a manifest that is here under no name of its own. Access
-// stays empty: nothing is known of who may read it.
-func (i *Image) contentRef(d digest.Digest) (store.Ref, error) {
-	body, err := i.f.o.Store.Content(d)
-	if err != nil {
-		return store.Ref{}, err
-	}
-	var head struct {
-		MediaType string `json:"mediaType"`
-	}
-	if err := json.Unmarshal(body, &head); err != nil {
-		return store.Ref{}, fs.ErrNotExist
-	}
-	return store.Ref{Name: i.Ref.String(), Target: ocispec.Descriptor{MediaType: head.MediaType, Digest: d, Size: int64(len(body))}}, nil
+	return img, img.searchTorrents()
 }
 
 // resolve walks from the target's body to the platform's manifest.
@@ -251,19 +175,6 @@ func (i *Image) pick(manifests []ocispec.Descriptor) (ocispec.Descriptor, error)
 	return *best, nil
 }
 
-// manifest returns the body of a manifest or index, from the store or the
-// registry.
-func (i *Image) manifest(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
-	if b, err := i.f.o.Store.Content(desc.Digest); err == nil {
-		return b, nil
-	}
-	_, b, err := i.repo.Manifest(ctx, desc.Digest.String())
-	if err != nil {
-		return nil, err
-	}
-	return b, i.f.o.Store.PutContent(desc.Digest, b)
-}
-
 // all returns config and layers, each digest once.
 func (i *Image) all() []ocispec.Descriptor {
 	seen := map[digest.Digest]bool{}
@@ -291,11 +202,7 @@ func (i *Image) Blob(ctx context.Context, desc ocispec.Descriptor) (*Blob, error
 	if b != nil {
 		return b, nil
 	}
-	var source Origin
-	if !i.o.SkipOrigin {
-		source = i.repo
-	}
-	b, err := i.f.Blob(ctx, i.Ref, desc, BlobOptions{Origin: source})
+	b, err := i.f.Layer(ctx, i.Ref, desc, Way{Repository: i.repo, Client: i.o.Origin, PeersOnly: i.peersOnly(desc), Remote: i.remote})
 	if err != nil {
 		return nil, err
 	}
@@ -306,6 +213,7 @@ func (i *Image) Blob(ctx context.Context, desc ocispec.Descriptor) (*Blob, error
 		return other, nil
 	}
 	i.blobs[desc.Digest] = b
+	i.torrents.expect(b.d)
 	return b, nil
 }
 
@@ -368,10 +276,11 @@ func (i *Image) Progress() []Progress {
 }
 
 // Access is how the registry let this image be read: see origin.Repository.
-func (i *Image) Access() string { return i.repo.Access() }
+func (i *Image) Access() string { return i.access }
 
 // Close gives the blobs back. What was not complete stops where it is.
 func (i *Image) Close() error {
+	i.torrents.end()
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	for _, b := range i.blobs {

@@ -9,11 +9,14 @@ import (
 	"slices"
 	"time"
 
+	"github.com/anacrolix/torrent/metainfo"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/time/rate"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
 	"github.com/docker-quay/docker-quay/fetcher/store"
+	"github.com/docker-quay/docker-quay/fetcher/swarm"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 )
 
@@ -25,17 +28,20 @@ const (
 	maxParticipants = 256
 	// maxSwarmPeers bounds the members a blob's swarm dials; the swarm's own
 	// gossip of pieces does the rest.
-	maxSwarmPeers = 32
+	maxSwarmPeers = 64
+	// maxDoubts bounds the nodes that are doubted at a time: as many as one
+	// announcement names.
+	maxDoubts = 8
 )
 
-// join enters the blob's swarm and learns who takes part. The order matters: we
-// answer for the blob before we announce it (see package cluster).
+// join enters the blob's swarm and learns who takes part. The order matters:
+// this node answers for the blob before its keeper names it to others.
 func (d *download) join(ctx context.Context) {
 	if d.noPeers {
 		return
 	}
 	ready, cancel := context.WithTimeout(ctx, readyWithin)
-	d.f.cluster.Ready(ready)
+	d.f.gossip.Ready(ready)
 	cancel()
 	d.enter()
 	d.announceNow(ctx)
@@ -73,34 +79,83 @@ func (d *download) addPeers() {
 }
 
 // announcement says this node's part. Called with d.mu held.
-func (d *download) announcement() cluster.Announcement {
+func (d *download) announcement(now time.Time) cluster.Announcement {
 	a := cluster.Announcement{
 		Digest: d.desc.Digest, Size: d.desc.Size, Have: d.st.Have(),
-		Active:  d.run != nil && d.state != Complete,
-		Origin:  d.origin != nil && d.originErr == nil,
-		Held:    cluster.NewBitmap(d.segs),
-		Claimed: cluster.NewBitmap(d.segs),
+		Active:   d.run != nil && d.state != Complete,
+		Registry: d.origin != nil && d.originErr == nil,
+		Leech:    d.f.o.NoSeed,
 	}
+	if a.Complete() && d.state == Complete {
+		return a
+	}
+	a.Have = min(a.Have, max(d.desc.Size-1, 0)) // complete is what was checked
+	a.Want = d.wants(now)
+	a.Hungry = a.Want > 0 && d.hungry(now)
+	a.Held, a.Claimed = cluster.NewBitmap(d.segs), cluster.NewBitmap(d.segs)
 	for s := range d.segs {
-		if d.segmentHeld(s) {
+		_, lent := d.leases[s]
+		if d.segmentHeld(s) && d.vouched(d.segmentPieces(s)) {
 			a.Held.Set(s)
-		} else if d.claims[s] {
+		} else if d.claims[s] || lent {
 			a.Claimed.Set(s)
+		}
+	}
+	for id := range d.banned { // proven: the keeper need not wait for a stall to hear of it
+		if len(a.Doubt) < maxDoubts {
+			a.Doubt = append(a.Doubt, id)
+		}
+	}
+	for id, since := range d.doubts {
+		if now.Sub(since) > distrustPeers {
+			delete(d.doubts, id)
+		} else if len(a.Doubt) < maxDoubts && !d.banned[id] {
+			a.Doubt = append(a.Doubt, id)
 		}
 	}
 	return a
 }
 
-// announceNow tells all members and takes in their answers.
+// announceNow tells the keeper and takes in its answer.
 func (d *download) announceNow(ctx context.Context) {
 	if d.noPeers {
 		return
 	}
+	now := time.Now()
 	d.mu.Lock()
-	a := d.announcement()
+	if d.swarmStalled(now) {
+		d.doubt(now)
+	}
+	a := d.announcement(now)
+	if a.Want > 0 {
+		d.f.count.asked.Add(1)
+	}
+	d.keeper.asked = now
 	d.mu.Unlock()
-	for _, s := range d.f.cluster.Announce(ctx, a) {
-		d.heard(s.Member, s.Announcement)
+	ans, err := d.f.cluster.Announce(ctx, a)
+	if err != nil {
+		if ctx.Err() == nil {
+			d.log.Debug("no keeper answers", "err", err)
+		}
+		return
+	}
+	d.heard(ans, a.Want > 0)
+}
+
+// doubt notes the peers that hold what is wanted, and do not send it. Called with
+// d.mu held.
+func (d *download) doubt(now time.Time) {
+	for id, p := range d.parts {
+		if p.Complete() && len(d.doubts) < maxDoubts {
+			d.doubts[id] = now
+		}
+	}
+	for i := range d.wanted {
+		for id, p := range d.parts {
+			if p.Held.Has(d.segmentOf(i)) && len(d.doubts) < maxDoubts {
+				d.doubts[id] = now
+			}
+		}
 	}
 }
 
@@ -108,55 +163,87 @@ func (d *download) announceNow(ctx context.Context) {
 func (d *download) announceSoon(r *run) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.noPeers || d.announce || d.run != r {
+	if d.noPeers || d.run != r {
+		return
+	}
+	if d.announce {
+		d.again = true
 		return
 	}
 	d.announce = true
+	d.keeper.asked = time.Now()
 	d.wg.Go(func() {
-		d.announceNow(r.ctx)
-		d.mu.Lock()
-		d.announce = false
-		d.mu.Unlock()
+		for {
+			d.announceNow(r.ctx)
+			d.mu.Lock()
+			if !d.again || r.ctx.Err() != nil {
+				d.announce, d.again = false, false
+				d.mu.Unlock()
+				return
+			}
+			d.again = false
+			d.mu.Unlock()
+		}
 	})
 }
 
-// heard takes in what a member said of its part.
-func (d *download) heard(m cluster.Member, a cluster.Announcement) {
-	if a.Absent || a.Size != d.desc.Size {
-		d.mu.Lock()
-		delete(d.parts, m.ID)
-		d.mu.Unlock()
-		return
-	}
+// heard takes in what the keeper said; wanted tells that segments were asked for.
+func (d *download) heard(ans cluster.Reply, wanted bool) {
 	now := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.touched = now
-	p := d.parts[m.ID]
-	isNew := p == nil
-	if isNew {
-		if len(d.parts) >= maxParticipants {
-			return
+	k := &d.keeper
+	k.answered, k.next, k.owners = now, ans.Next, ans.Owners
+	k.nodes, k.complete, k.lent = ans.Nodes, ans.Complete, ans.Lent
+	k.refused = wanted && len(ans.Granted) == 0
+	fresh := false
+	named := make(map[string]bool, len(ans.Peers))
+	for _, s := range ans.Peers {
+		if s.ID == d.f.cluster.ID() {
+			continue
 		}
-		p = &participant{grew: now}
-		d.parts[m.ID] = p
+		named[s.ID] = true
+		p := d.parts[s.ID]
+		if p == nil {
+			if len(d.parts) >= maxParticipants {
+				continue
+			}
+			p = &participant{}
+			d.parts[s.ID] = p
+		}
+		fresh = fresh || p.Addr != s.Addr
+		p.Said = s
 	}
-	if a.Have > p.Have {
-		p.grew = now
+	for id := range d.parts {
+		if !named[id] {
+			delete(d.parts, id)
+		}
 	}
-	moved := p.Addr != m.Addr
-	p.Member, p.Announcement, p.heard = m, a, now
-	if isNew || moved {
+	d.f.count.lent.Add(int64(len(ans.Granted)))
+	for _, s := range ans.Granted {
+		if !d.segmentHeld(s) && d.run != nil {
+			d.leases[s] = lease{ans.Anyway}
+		}
+	}
+	if fresh {
 		d.addPeers()
-		d.poke()
 	}
+	d.poke()
+}
+
+// participant is what is known of a member's part in the blob.
+type participant struct{ cluster.Said }
+
+func (d *download) segmentOf(piece int) int {
+	return int(int64(piece) * d.st.PieceSize() / cluster.SegmentSize)
 }
 
 // silence says why no peer answers. It wraps trust.ErrForeign when a configured
 // one has another secret.
 func (f *Fetcher) silence() error {
-	if f.cluster != nil {
-		silent := f.cluster.Silent()
+	if f.gossip != nil {
+		silent := f.gossip.Silent()
 		for _, addr := range slices.Sorted(maps.Keys(silent)) {
 			if trust.Foreign(silent[addr]) {
 				return fmt.Errorf("the peer %s is %w", addr, trust.ErrForeign)
@@ -171,17 +258,51 @@ type holder struct{ f *Fetcher }
 
 var _ cluster.Holder = holder{}
 
-// Announced implements cluster.Holder. A member that asks for a blob that lies
-// complete in the store is what makes this node seed it.
-func (h holder) Announced(ctx context.Context, from cluster.Member, a cluster.Announcement) cluster.Announcement {
-	d := h.f.seed(ctx, a.Digest, a.Size)
-	if d == nil || d.noPeers {
-		return cluster.Announcement{Digest: a.Digest, Absent: true}
+// Complete implements cluster.Holder. What is complete here is what the node
+// seeds to whoever asks, see Fetcher.connects.
+func (h holder) Complete() []cluster.Hold {
+	if h.f.o.NoSeed {
+		return nil
 	}
-	d.heard(from, a)
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.announcement()
+	all, err := h.f.o.Store.List()
+	if err != nil {
+		h.f.log.Warn("cannot list the store for other nodes", "err", err)
+		return nil
+	}
+	hashes := make(map[metainfo.Hash]cluster.Hold, len(all))
+	holds := make([]cluster.Hold, 0, len(all))
+	for _, i := range all {
+		if !i.Complete || i.Size == 0 {
+			continue
+		}
+		hold := cluster.Hold{Digest: i.Digest, Size: i.Size}
+		holds = append(holds, hold)
+		hashes[swarm.Infohash(i.Digest, i.Size, store.PieceSize(i.Size))] = hold
+	}
+	h.f.mu.Lock()
+	h.f.hashes = hashes
+	h.f.mu.Unlock()
+	return holds
+}
+
+// holds notes a blob that has just become complete.
+func (f *Fetcher) holds(d *download) {
+	if f.cluster == nil || f.o.NoSeed || d.desc.Size == 0 {
+		return
+	}
+	hash := swarm.Infohash(d.desc.Digest, d.desc.Size, d.st.PieceSize())
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hashes[hash] = cluster.Hold{Digest: d.desc.Digest, Size: d.desc.Size}
+}
+
+// connects is asked when a member connects for a blob that is not in the swarm. A
+// blob that lies complete in the store is put there by that.
+func (f *Fetcher) connects(hash metainfo.Hash) bool {
+	f.mu.Lock()
+	hold, ok := f.hashes[hash]
+	f.mu.Unlock()
+	return ok && f.seed(f.ctx, hold.Digest, hold.Size) != nil
 }
 
 // seed returns the download of a blob that this node fetches or holds; nil when
@@ -222,11 +343,9 @@ func (f *Fetcher) seed(ctx context.Context, dg digest.Digest, size int64) *downl
 }
 
 // ReadHeld implements cluster.Holder.
-func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off, size int64, through bool) error {
-	h.f.mu.Lock()
-	d := h.f.downloads[dg]
-	h.f.mu.Unlock()
-	if h.f.o.NoSeed || d == nil || d.noPeers || !d.retain() {
+func (h holder) ReadHeld(ctx context.Context, w io.Writer, vouch func([]cluster.Statement), dg digest.Digest, off, size int64, through bool) error {
+	d := h.f.serving(ctx, dg)
+	if d == nil {
 		return cluster.ErrNotHeld
 	}
 	defer d.release()
@@ -234,6 +353,12 @@ func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off
 		return cluster.ErrNotHeld
 	}
 	first, last := d.piecesOf(off, size)
+	d.mu.Lock()
+	vouched := d.vouched(first, last+1)
+	d.mu.Unlock()
+	if !vouched {
+		return cluster.ErrNotHeld
+	}
 	if !d.holds(first, last) {
 		if !through {
 			return cluster.ErrNotHeld
@@ -242,6 +367,13 @@ func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off
 			return fmt.Errorf("%w: %w", cluster.ErrNotHeld, err)
 		}
 	}
+	if vouch != nil {
+		pieces := make([]int, 0, last-first+1)
+		for i := first; i <= last; i++ {
+			pieces = append(pieces, i)
+		}
+		vouch(d.table.statements(pieces))
+	}
 	bp := pieceBufs.Get().(*[]byte)
 	defer pieceBufs.Put(bp)
 	for size > 0 {
@@ -249,19 +381,58 @@ func (h holder) ReadHeld(ctx context.Context, w io.Writer, dg digest.Digest, off
 		if _, err := d.st.ReadAt(p, off); err != nil {
 			return err
 		}
-		if h.f.up != nil {
-			if err := h.f.up.WaitN(ctx, len(p)); err != nil {
+		for _, l := range []*rate.Limiter{h.f.up, d.up} {
+			if err := pay(ctx, l, len(p)); err != nil {
 				return err
 			}
 		}
 		n, err := w.Write(p)
 		d.readUp.Add(int64(n))
+		d.upRate.add(time.Now(), int64(n))
+		h.f.count.upReads.Add(int64(n))
 		if err != nil {
 			return err
 		}
 		off, size = off+int64(n), size-int64(n)
 	}
 	return nil
+}
+
+// Statements implements cluster.Holder.
+func (h holder) Statements(ctx context.Context, dg digest.Digest, size int64, pieces []int) []cluster.Statement {
+	d := h.f.serving(ctx, dg)
+	if d == nil {
+		return nil
+	}
+	defer d.release()
+	if d.desc.Size != size {
+		return nil
+	}
+	return d.table.statements(pieces)
+}
+
+// serving returns the download of a blob that this node has a part of, with one
+// more reference; nil when it has none, or gives nothing.
+func (f *Fetcher) serving(ctx context.Context, dg digest.Digest) *download {
+	if f.o.NoSeed {
+		return nil
+	}
+	f.mu.Lock()
+	d := f.downloads[dg]
+	f.mu.Unlock()
+	if d == nil {
+		info, err := f.o.Store.Stat(dg)
+		if err != nil || !info.Complete {
+			return nil
+		}
+		if d = f.seed(ctx, dg, info.Size); d == nil {
+			return nil
+		}
+	}
+	if d.noPeers || !d.retain() {
+		return nil
+	}
+	return d
 }
 
 // piecesOf returns the first and the last piece of a range that is not empty.
@@ -273,9 +444,35 @@ func (d *download) piecesOf(off, n int64) (first, last int) {
 // swarmStore is the blob as the swarm sees it.
 type swarmStore struct{ d *download }
 
-func (s swarmStore) ReadAt(p []byte, off int64) (int, error)  { return s.d.st.ReadAt(p, off) }
-func (s swarmStore) WriteAt(p []byte, off int64) (int, error) { return s.d.st.WriteAt(p, off) }
-func (s swarmStore) Has(i int) bool                           { return s.d.st.Has(i) }
+func (s swarmStore) Has(i int) bool { return s.d.st.Has(i) }
+
+// ReadAt reads what is sent to a peer. It waits for the blob's upload limit: the
+// swarm itself has one for all blobs together only.
+func (s swarmStore) ReadAt(p []byte, off int64) (int, error) {
+	if err := pay(s.d.ctx, s.d.up, len(p)); err != nil {
+		return 0, err
+	}
+	n, err := s.d.st.ReadAt(p, off)
+	s.d.upRate.add(time.Now(), int64(n))
+	s.d.f.count.upSwarm.Add(int64(n))
+	return n, err
+}
+
+// WriteAt takes what a peer sent, and what comes next waits for the blob's download
+// limit: the connection is not read meanwhile.
+func (s swarmStore) WriteAt(p []byte, off int64) (int, error) {
+	d := s.d
+	if err := pay(d.ctx, d.down, len(p)); err != nil {
+		return 0, err
+	}
+	if d.down != nil || d.f.down != nil {
+		// A whole piece can take longer than a peer may be silent.
+		now := time.Now().UnixNano()
+		d.lastPiece.Store(now)
+		d.lastPeerPiece.Store(now)
+	}
+	return d.st.WriteAt(p, off)
+}
 
 func (s swarmStore) MarkPiece(i int, peer string) error {
 	d := s.d
@@ -286,12 +483,18 @@ func (s swarmStore) MarkPiece(i int, peer string) error {
 	bad := d.banned[peer]
 	d.mu.Unlock()
 	if bad {
-		return fmt.Errorf("piece %d came from %s, which sent wrong bytes before", i, peer)
+		return fmt.Errorf("%w: piece %d came from %s, which sent wrong bytes before", swarm.ErrPutOff, i, peer)
 	}
-	if err := d.st.MarkPiece(i, store.Peer); err != nil {
+	said, err := d.table.wait(d.ctx, i, swarm.Suppliers(peer))
+	if err != nil {
+		return fmt.Errorf("%w: %w", swarm.ErrPutOff, err)
+	}
+	err = d.st.MarkPieceIf(i, store.Peer, func(p []byte) error { return d.table.check(i, p, said, peer) })
+	if err != nil {
 		return err
 	}
 	_, n := d.st.PieceRange(i)
 	d.arrived(i, int(n), store.Peer, peer)
+	d.tellOpen(i, peer)
 	return nil
 }

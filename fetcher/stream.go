@@ -42,6 +42,12 @@ func (d *download) stream(r *run) {
 		d.poke()
 	}()
 	for r.ctx.Err() == nil {
+		d.mu.Lock()
+		extra := d.workers > d.streams()
+		d.mu.Unlock()
+		if extra {
+			return
+		}
 		d.yield(r.ctx)
 		if !d.fetchNext(r) {
 			return
@@ -119,12 +125,15 @@ func (d *download) fetchRun(ctx context.Context, segs []int) error {
 	_, end := d.segmentPieces(segs[len(segs)-1])
 	d.mu.Lock()
 	source := d.origin
-	alone := d.noRange || d.shareOf(time.Now()).alone
-	for first < end && !d.toAsk(first, alone) {
+	// The same pieces for which nextRun chose the segments, those that peers have
+	// and do not send among them: else it would choose them for ever.
+	own := d.shareOf(time.Now())
+	ask := func(i int) bool { return d.toAsk(i, d.noRange || own.anyway(d.segmentOf(i))) }
+	for first < end && !ask(first) {
 		first++
 	}
 	last := first
-	for last < end && d.toAsk(last, alone) {
+	for last < end && ask(last) {
 		last++
 	}
 	d.mu.Unlock()
@@ -176,7 +185,7 @@ func (d *download) fetchRun(ctx context.Context, segs []int) error {
 func (d *download) take(ctx context.Context, s io.Reader, first, last int, on func(i int) bool) error {
 	bp := pieceBufs.Get().(*[]byte)
 	defer pieceBufs.Put(bp)
-	src := d.f.limited(ctx, s)
+	src := d.limited(ctx, s)
 	for i := first; i < last; i++ {
 		if on != nil && !on(i) {
 			return nil

@@ -2,6 +2,7 @@ package fetcher
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,11 @@ import (
 
 // maxAttempts bounds how often a blob whose digest does not match is fetched
 // again, in part or whole, before the fetch fails.
-const maxAttempts = 4
+const maxAttempts = 6
+
+// witnessTries is how often, announceEvery apart, the keeper is asked for a peer that
+// has the blob whole when those that were known have it wrong.
+const witnessTries = 3
 
 // verify hashes the blob as its beginning grows, so that the last piece is
 // followed by the verdict at once, and acts on the verdict.
@@ -48,6 +53,9 @@ func (d *download) verify(r *run) {
 			d.mu.Lock()
 			suspects, believed := d.suspects, d.believed
 			d.mu.Unlock()
+			if believed != "" {
+				d.forgive(believed) // all that is here agrees with it
+			}
 			for _, peer := range suspects {
 				if peer != believed {
 					d.ban(peer)
@@ -79,7 +87,7 @@ func (d *download) hash(ctx context.Context) (digest.Digest, error) {
 	h := alg.Hash()
 	bp := pieceBufs.Get().(*[]byte)
 	defer pieceBufs.Put(bp)
-	for i := range d.pieces {
+	for i := 0; i < d.pieces; i++ {
 		for !d.st.Has(i) {
 			changed := d.st.Changed()
 			if d.st.Has(i) {
@@ -98,7 +106,11 @@ func (d *download) hash(ctx context.Context) (digest.Digest, error) {
 		p := (*bp)[:n]
 		if _, err := d.st.ReadAt(p, off); err != nil {
 			if errors.Is(err, store.ErrMissing) {
-				return "", nil // pieces were dropped meanwhile: no digest matches
+				// Pieces were dropped meanwhile, for a word about them that was
+				// false: once more, when they are back.
+				h.Reset()
+				i = -1
+				continue
 			}
 			return "", err
 		}
@@ -114,6 +126,9 @@ func (d *download) mend(r *run) error {
 	d.mu.Lock()
 	d.attempts++
 	attempt := d.attempts
+	if attempt == 1 {
+		clear(d.table.tried)
+	}
 	source := d.origin
 	usable := d.originErr == nil && source != nil
 	suppliers := maps.Clone(d.supplier)
@@ -136,6 +151,10 @@ func (d *download) mend(r *run) error {
 		d.drop(func(int) bool { return true })
 		return nil
 	case usable:
+		signers := map[int]string{}
+		for _, i := range fromPeers {
+			signers[i] = d.table.signer(i)
+		}
 		wrong, err := d.compare(r.ctx, fromPeers, "", func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
 			s, err := source.Open(ctx, d.desc, off, n)
 			if err == nil && s.Whole() {
@@ -152,41 +171,68 @@ func (d *download) mend(r *run) error {
 			return err
 		}
 		for _, i := range wrong {
-			d.ban(suppliers[i])
+			d.blameFor(signers[i], suppliers[i])
 		}
 		if len(wrong) == 0 {
 			// The peers sent what the registry has: then the rest is wrong.
 			d.drop(func(int) bool { return true })
 		}
 		return nil
+	case d.otherTorrent(), d.swapSides():
+		return nil
 	default:
-		return d.mendFromPeers(r, attempt, fromPeers, suppliers)
+		return d.mendFromPeers(r, fromPeers, suppliers)
 	}
 }
 
 // errNoRanges: the registry cannot be asked for single pieces.
 var errNoRanges = errors.New("the registry answers no ranges")
 
-// mendFromPeers is mend without a registry: nobody is beyond doubt, so one peer
-// after the other is believed in everything until the digest agrees.
-func (d *download) mendFromPeers(r *run, attempt int, pieces []int, suppliers map[int]supplier) error {
+// witnesses are the peers that have all of the blob and were not believed in vain,
+// those last that others contradicted.
+func (d *download) witnesses() []cluster.Member {
 	d.mu.Lock()
-	var candidates []cluster.Member
+	defer d.mu.Unlock()
+	var ms []cluster.Member
+	contradicted := map[string]int{}
 	for _, p := range d.parts {
-		if p.Complete() && !d.banned[p.ID] {
-			candidates = append(candidates, p.Member)
+		if p.Complete() && d.bannedFor[p.ID] != WrongBytes && !d.table.tried[p.ID] {
+			ms = append(ms, p.Member)
+			if d.banned[p.ID] {
+				contradicted[p.ID] = 1
+			}
 		}
 	}
-	d.mu.Unlock()
-	slices.SortFunc(candidates, func(a, b cluster.Member) int { return strings.Compare(a.ID, b.ID) })
-	if attempt > len(candidates) {
+	slices.SortFunc(ms, func(a, b cluster.Member) int {
+		return cmp.Or(contradicted[a.ID]-contradicted[b.ID], strings.Compare(a.ID, b.ID))
+	})
+	return ms
+}
+
+// mendFromPeers is mend without a registry: nobody is beyond doubt, so one peer
+// after the other is believed in everything until the digest agrees.
+func (d *download) mendFromPeers(r *run, pieces []int, suppliers map[int]supplier) error {
+	candidates := d.witnesses()
+	for range witnessTries {
+		if len(candidates) > 0 || sleep(r.ctx, announceEvery) != nil {
+			break
+		}
+		d.announceNow(r.ctx) // others may have come that have it
+		candidates = d.witnesses()
+	}
+	if len(candidates) == 0 {
 		n := d.drop(func(int) bool { return true })
 		return fmt.Errorf("%s: %w (%d pieces dropped: no peer that has it whole has the right bytes, and the registry may not be asked; %s)", d.what(), ErrMismatch, n, blame(suppliers))
 	}
-	m := candidates[attempt-1]
+	m := candidates[0]
+	d.table.tried[m.ID] = true
+	signers := map[int]string{}
+	for _, i := range pieces {
+		signers[i] = d.table.signer(i)
+	}
 	wrong, err := d.compare(r.ctx, pieces, m.ID, func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
 		p := make([]byte, n)
-		if err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, false); err != nil {
+		if _, err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, cluster.ReadOptions{}); err != nil {
 			return nil, err
 		}
 		return io.NopCloser(bytes.NewReader(p)), nil
@@ -197,9 +243,9 @@ func (d *download) mendFromPeers(r *run, attempt int, pieces []int, suppliers ma
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.believed = m.ID
+	d.believed, d.suspects = m.ID, nil // those of one that was believed in vain
 	for _, i := range wrong {
-		d.suspects = append(d.suspects, suppliers[i])
+		d.suspects = append(d.suspects, cmp.Or(signers[i], suppliers[i]))
 	}
 	return err
 }
@@ -226,7 +272,10 @@ func (d *download) compare(ctx context.Context, pieces []int, believed string, o
 		if err != nil {
 			return wrong, err
 		}
-		body := d.f.limited(ctx, s)
+		var body io.Reader = s
+		if source == store.Origin { // what members send is limited where it is read
+			body = d.limited(ctx, s)
+		}
 		for _, i := range pieces[:row] {
 			pieceOff, n := d.st.PieceRange(i)
 			good, have := (*bp)[:n], (*op)[:n]
@@ -237,6 +286,7 @@ func (d *download) compare(ctx context.Context, pieces []int, believed string, o
 				continue
 			}
 			wrong = append(wrong, i)
+			d.f.count.wrong.Add(1)
 			d.drop(func(j int) bool { return j == i })
 			if err = d.put(i, good, source, believed); err != nil {
 				break
@@ -267,29 +317,57 @@ func (d *download) drop(f func(i int) bool) int {
 		delete(d.supplier, i)
 	}
 	d.mu.Unlock()
+	for _, i := range gone {
+		d.table.forget(i)
+	}
 	if tor != nil {
 		for _, i := range gone {
 			tor.Lost(i)
 		}
 	}
+	for _, o := range d.openNow() {
+		for _, i := range gone {
+			o.tor.Lost(i)
+		}
+	}
 	return n
+}
+
+// blameFor acts on a piece that was wrong although somebody had signed for it: who
+// passed it on did so in good faith.
+func (d *download) blameFor(signer, supplier string) {
+	if signer != "" {
+		d.disbelieve(signer)
+		return
+	}
+	d.ban(supplier)
 }
 
 // ban stops asking a peer for this blob. A piece that several peers supplied
 // parts of ("a+b", see swarm.Storage) proves nothing against one of them.
-func (d *download) ban(peer string) {
+func (d *download) ban(peer string) { d.banFor(peer, WrongBytes) }
+
+func (d *download) banFor(peer string, why BanReason) {
 	if peer == "" || strings.Contains(peer, "+") {
+		return
+	}
+	if strings.HasPrefix(peer, torrentSupplier) {
+		d.dropTorrent(peer)
 		return
 	}
 	d.mu.Lock()
 	was := d.banned[peer]
 	d.banned[peer] = true
+	if !was {
+		d.bannedFor[peer] = why
+		d.f.count.banned(why)
+	}
 	tor := d.tor
 	d.mu.Unlock()
 	if was {
 		return
 	}
-	d.log.Warn("peer sent wrong bytes and is not asked again for this blob", "peer", peer)
+	d.log.Warn("peer sent wrong bytes and is not asked again for this blob", "peer", peer, "reason", why)
 	if tor != nil {
 		tor.Ban(peer)
 	}

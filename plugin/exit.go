@@ -15,6 +15,7 @@ import (
 
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/published"
 	"github.com/docker-quay/docker-quay/fetcher/store"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/plugin/progress"
@@ -60,6 +61,7 @@ var codes = []struct {
 	{origin.ErrMismatch, exitMismatch},
 	{store.ErrMismatch, exitMismatch},
 	{fetcher.ErrMismatch, exitMismatch},
+	{published.ErrMismatch, exitMismatch},
 	{store.ErrQuota, exitNoRoom},
 	{store.ErrNoSpace, exitNoRoom},
 	{origin.ErrTLS, exitUnreachable},

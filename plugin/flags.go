@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/plugin/progress"
 )
@@ -29,11 +30,15 @@ type sourceOptions struct {
 	platform     string
 	insecure     bool
 	skipWebSeed  bool
+	offline      bool
 	peers        []string
 	secretFile   string
 	ports        portsValue
 	uploadRate   rateValue
 	downloadRate rateValue
+	zone         string
+	discovery    bool
+	connections  int
 	storeDir     string
 	socket       string
 	noDaemon     bool
@@ -52,11 +57,15 @@ func (o *sourceOptions) install(flags *pflag.FlagSet, torrent bool) {
 	flags.StringVar(&o.platform, "platform", "", "Choose the image of this platform (`os/arch[/variant]`; default: the engine's)")
 	flags.BoolVar(&o.insecure, "insecure", false, "Allow the registry plain HTTP and a certificate that cannot be verified")
 	flags.BoolVar(&o.skipWebSeed, "skip-web-seed", false, "Take layers from peers only, never from the registry")
+	flags.BoolVar(&o.offline, "offline", false, "When no node of the cluster reaches the registry, take the newest digest that one saw under this name")
 	flags.StringSliceVar(&o.peers, "peer", nil, "Another node, as `host:port`; one is enough to find the others (repeatable)")
 	flags.StringVar(&o.secretFile, "secret-file", "", "The `file` with the cluster's secret, without which there are no peers (default "+secretPlaces+", if it is there)")
 	flags.Var(&o.ports, "ports", "Ports to listen on for peers: the first free one of a `range`, 0 for any")
 	flags.Var(&o.uploadRate, "upload-rate", "Limit what peers get, a second: 10MiB, 500kB; a bare number is kB (default: no limit)")
 	flags.Var(&o.downloadRate, "download-rate", "Limit what is fetched, a second (default: no limit)")
+	flags.StringVar(&o.zone, "zone", "", "Where this node stands, such as eu-1/a: nodes of the same `zone` are asked first")
+	flags.BoolVar(&o.discovery, "local-discovery", false, "Find nodes of the cluster on this machine's networks by multicast")
+	flags.IntVar(&o.connections, "max-connections", fetcher.DefaultConnections, "Most connections with other nodes, at least "+strconv.Itoa(fetcher.LeastConnections))
 	flags.StringVar(&o.storeDir, "store", "", "Keep blobs in this `directory` when no node daemon runs (default ~/.cache/quay)")
 	flags.StringVar(&o.socket, "socket", defaultSocket, "The node daemon's `socket`")
 	flags.BoolVar(&o.noDaemon, "no-daemon", false, "Fetch in this process even if the node daemon runs")
@@ -117,9 +126,10 @@ func (o *sourceOptions) request(dockerCLI command.Cli, image string) (Request, e
 		return Request{}, usageError{fmt.Errorf("%q is not the name of an image: %w", image, err)}
 	}
 	r := Request{
-		Ref: reference.TagNameOnly(ref), Insecure: o.insecure, SkipWebSeed: o.skipWebSeed,
+		Ref: reference.TagNameOnly(ref), Insecure: o.insecure, SkipWebSeed: o.skipWebSeed, Offline: o.offline,
 		Peers: o.peers, SecretFile: o.secretFile, Ports: o.ports.PortRange,
 		UploadRate: int64(o.uploadRate), DownloadRate: int64(o.downloadRate),
+		Zone: o.zone, LocalDiscovery: o.discovery, MaxConnections: o.connections,
 		StoreDir: o.storeDir, Socket: o.socket, NoDaemon: o.noDaemon,
 		DockerConfigDir: config.Dir(), Log: slog.New(slog.DiscardHandler),
 	}
@@ -138,6 +148,12 @@ func (o *sourceOptions) request(dockerCLI command.Cli, image string) (Request, e
 	}
 	if r.Ports.Last < r.Ports.First {
 		return Request{}, usageError{fmt.Errorf("the ports end at %d before they begin at %d", r.Ports.Last, r.Ports.First)}
+	}
+	if err := fetcher.CheckZone(r.Zone); err != nil {
+		return Request{}, usageError{fmt.Errorf("--zone: %w", err)}
+	}
+	if r.MaxConnections < fetcher.LeastConnections {
+		return Request{}, usageError{fmt.Errorf("--max-connections %d is too few for a node to work with: %d or more", r.MaxConnections, fetcher.LeastConnections)}
 	}
 	for _, p := range r.Peers {
 		if host, port, ok := cutPort(p); !ok || host == "" || port == 0 {

@@ -3,6 +3,7 @@ package plugin
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -84,6 +85,10 @@ func runSecret(dockerCLI command.Cli, opts secretOptions, file string) error {
 
 // printFormatted shows v as docker's --format does: a template, or "json".
 func printFormatted(dockerCLI command.Cli, format string, v any) error {
+	return writeFormatted(dockerCLI.Out(), format, v)
+}
+
+func writeFormatted(w io.Writer, format string, v any) error {
 	if format == "json" {
 		format = "{{json .}}"
 	}
@@ -91,9 +96,9 @@ func printFormatted(dockerCLI command.Cli, format string, v any) error {
 	if err != nil {
 		return usageError{fmt.Errorf("--format: %w", err)}
 	}
-	if err := t.Execute(dockerCLI.Out(), v); err != nil {
+	if err := t.Execute(w, v); err != nil {
 		return usageError{fmt.Errorf("--format: %w", err)}
 	}
-	_, err = fmt.Fprintln(dockerCLI.Out())
+	_, err = fmt.Fprintln(w)
 	return err
 }

@@ -22,9 +22,12 @@ import (
 	"github.com/docker/cli/cli"
 	"github.com/docker/cli/cli-plugins/metadata"
 	"github.com/docker/cli/cli/command"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/docker-quay/docker-quay/fetcher"
+	"github.com/docker-quay/docker-quay/fetcher/published"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/plugin/target"
 )
@@ -36,6 +39,10 @@ type Options struct {
 	Open func(ctx context.Context, r Request) (Source, error)
 	// NodeVersion asks the daemon at a socket for its version; "" when none answers. Nil: not asked.
 	NodeVersion func(ctx context.Context, socket string) string
+	// Stranger asks an image's registry what somebody without a login gets of it. Nil: not asked, the image counts as not public.
+	Stranger func(ctx context.Context, r Request, manifest, layer digest.Digest) (Stranger, error)
+	// Publish puts the torrents of an image's layers into its registry, beside subject, the image's manifest.
+	Publish func(ctx context.Context, r Request, subject ocispec.Descriptor, torrents []*published.Torrent) error
 }
 
 // Source is an opened image. Its blobs are given to peers for as long as it is open.
@@ -45,6 +52,8 @@ type Source interface {
 	Via() string
 	// Notes are what the user should know, such as that the registry did not answer and a cached tag was used.
 	Notes() []string
+	// Publish gives layers, which must have been fetched, to the open swarms of torrents of them.
+	Publish(ctx context.Context, torrents []*published.Torrent) error
 }
 
 // Request is what the flags say about an image and the way to it.
@@ -53,14 +62,22 @@ type Request struct {
 	Platform    *ocispec.Platform
 	Insecure    bool // plain HTTP and unverified TLS allowed
 	SkipWebSeed bool // blobs from peers only
+	Offline     bool // what nodes of the cluster saw will do when none reaches the registry
 	Seed        bool // the image is opened to be given to others
 	NoSeed      bool // nothing is given to others
+
+	Torrents fetcher.TorrentPolicy // whether published torrents are used
+	Trackers []string              // instead of theirs
 
 	Peers        []string // HOST:PORT
 	SecretFile   string   // "" = no peers
 	Ports        trust.PortRange
 	UploadRate   int64 // bytes a second, 0 = unlimited
 	DownloadRate int64 // bytes a second, 0 = unlimited
+
+	Zone           string // "" = none
+	LocalDiscovery bool
+	MaxConnections int // with other nodes
 
 	StoreDir string // of the embedded fetcher
 	Socket   string // of the node daemon
@@ -99,9 +116,7 @@ func calledAs(arg0 string) string {
 func New(dockerCLI command.Cli, arg0 string, o Options) *cobra.Command {
 	quietLibraries()
 	if calledAs(arg0) == torrentName {
-		c := newTorrent(dockerCLI, o)
-		c.Hidden = false
-		return c
+		return newQuayctl(dockerCLI, o)
 	}
 	cmd := &cobra.Command{
 		Use:   pluginName,
@@ -119,7 +134,10 @@ both at once, and go into Docker or containerd. Nothing about an image or its di
 		newNode(dockerCLI),
 		newVersion(dockerCLI, o),
 		newTorrent(dockerCLI, o),
+		newTracker(dockerCLI),
+		newPeers(dockerCLI),
 	)
+	cmd.SetUsageFunc(usageOf)
 	return cmd
 }
 

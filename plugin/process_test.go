@@ -19,10 +19,13 @@ import (
 	dockerplugin "github.com/docker/cli/cli-plugins/plugin"
 	"github.com/docker/cli/cli/command"
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/published"
 	"github.com/docker-quay/docker-quay/plugin"
 	"github.com/docker-quay/docker-quay/plugin/target/targettest"
 )
@@ -30,7 +33,7 @@ import (
 var update = flag.Bool("update", false, "write the golden files")
 
 // behaviour is the variable that makes this test binary be docker-quay, with images from memory; its value is how
-// opening one goes.
+// opening one goes: "real" is from a registry.
 const behaviour = "QUAY_TEST_OPEN"
 
 func TestMain(m *testing.M) {
@@ -42,12 +45,25 @@ func TestMain(m *testing.M) {
 		os.Args = plugin.StandaloneArgs(os.Args)
 	}
 	dockerplugin.Run(func(dockerCLI command.Cli) *cobra.Command {
-		return plugin.New(dockerCLI, os.Args[0], plugin.Options{
+		o := plugin.Options{
 			Version: "1.2.3-test",
 			Open: func(ctx context.Context, r plugin.Request) (plugin.Source, error) {
 				return open(ctx, how, r)
 			},
-		})
+			Stranger: func(context.Context, plugin.Request, digest.Digest, digest.Digest) (plugin.Stranger, error) {
+				return stranger(how)
+			},
+			Publish: func(_ context.Context, _ plugin.Request, subject ocispec.Descriptor, torrents []*published.Torrent) error {
+				for _, t := range torrents {
+					fmt.Fprintf(os.Stderr, "stored private=%t trackers=%v web seeds=%v\n", t.Private, t.Trackers, t.WebSeeds)
+				}
+				return nil
+			},
+		}
+		if how == "real" {
+			o.Open, o.Stranger, o.Publish = plugin.OpenImage, plugin.AskAsStranger, plugin.StoreTorrents
+		}
+		return plugin.New(dockerCLI, os.Args[0], o)
 	}, plugin.Metadata(os.Args[0], "1.2.3-test"))
 }
 
@@ -59,6 +75,11 @@ type source struct {
 
 func (s *source) Via() string     { return "this process" }
 func (s *source) Notes() []string { return []string{"the registry did not answer"} }
+
+func (s *source) Publish(_ context.Context, torrents []*published.Torrent) error {
+	fmt.Fprintf(os.Stderr, "seeding %d torrents\n", len(torrents))
+	return nil
+}
 
 func (s *source) Fetch(ctx context.Context) error {
 	if s.block {
@@ -155,6 +176,7 @@ func TestHelp(t *testing.T) {
 		"help-seed":        {"seed", "--help"},
 		"help-node-secret": {"node", "secret", "--help"},
 		"help-version":     {"version", "--help"},
+		"help-peers":       {"peers", "--help"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := run(t, "ok", "docker-quay", args...)
@@ -241,6 +263,10 @@ func TestFailures(t *testing.T) {
 		{"ok", []string{"pull", "--progress", "fancy", "x"}, 125, "choose one of auto"},
 		{"ok", []string{"pull", "--lazy", "often", "x"}, 125, "--lazy"},
 		{"ok", []string{"pull", "--peer", "nowhere", "x"}, 125, "HOST:PORT"},
+		{"ok", []string{"pull", "--zone", "rack 4", "x"}, 125, "--zone: zone \"rack 4\""},
+		{"ok", []string{"pull", "--max-connections", "3", "x"}, 125, "3 is too few for a node to work with: 16 or more"},
+		{"ok", []string{"peers", "--socket", "/nonexistent/quay.sock"}, 5, "no node daemon answers at /nonexistent/quay.sock"},
+		{"ok", []string{"peers", "a", "b"}, 125, "at most 1 argument"},
 		{"ok", []string{"pull", "UPPER/Case"}, 125, "is not the name of an image"},
 		{"ok", []string{"node", "secret", "/nonexistent/folder/secret"}, 1, "cannot write the cluster secret"},
 	} {

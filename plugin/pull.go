@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/docker/cli/cli"
@@ -11,6 +12,7 @@ import (
 	"github.com/docker/cli/cli/command/completion"
 	"github.com/spf13/cobra"
 
+	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/plugin/progress"
 	"github.com/docker-quay/docker-quay/plugin/target"
 )
@@ -22,6 +24,8 @@ type pullOptions struct {
 	containerdAddress string
 	snapshotter       string
 	noSeed            bool
+	torrents          string
+	trackers          []string
 }
 
 func newPull(dockerCLI command.Cli, o Options, torrent bool) *cobra.Command {
@@ -43,6 +47,11 @@ The image goes where --to says. By default that is looked for and shown:
   containerd[:NS]   a containerd namespace, default k8s.io when there is one
   store             nowhere: the image is only fetched, checked, and kept to be given to others
 
+Layers that were published as torrents (see "docker quay seed --publish") come from anybody's BitTorrent
+clients, too, checked by their digest. --torrents says when those are looked for: "auto" without a
+cluster's secret only, "always", "never". --tracker replaces the trackers that they name. To
+others the layers are given for as long as the pull lasts.
+
 When the engine's snapshotter is "quay", containers can be started before the layers are
 there. --lazy says what then becomes of them: "auto" completes them in the end, so that the image
 can be pushed and saved; "keep" does not; "never" fetches all of them first.
@@ -53,6 +62,9 @@ can be pushed and saved; "keep" does not; "never" fetches all of them first.
 
   # On a node that must not, or cannot, reach the registry's storage
   docker quay pull --skip-web-seed --peer node1:6881 quay.io/team/app:1.4
+
+  # On a node behind others that reach the registry, or while it is away: what they saw last
+  docker quay pull --offline --peer node1:6881 quay.io/team/app:1.4
 
   # For Kubernetes
   docker quay pull --to containerd:k8s.io quay.io/team/app:1.4
@@ -69,11 +81,14 @@ can be pushed and saved; "keep" does not; "never" fetches all of them first.
 	opts.install(flags, torrent)
 	flags.DurationVar(&opts.duration, "duration", 0, "Go on giving the image to peers for this long after the pull")
 	flags.BoolVar(&opts.noSeed, "no-seed", false, "Give nothing to peers, not even while pulling")
+	flags.StringVar(&opts.torrents, "torrents", string(fetcher.TorrentsAuto), "When published torrents are used: "+strings.Join(fetcher.TorrentPolicies(), ", "))
+	flags.StringArrayVar(&opts.trackers, "tracker", nil, "Ask this tracker, by its announce `URL`, instead of those of published torrents (repeatable)")
 	flags.StringVar(&opts.to, "to", "auto", "Where the image goes: auto, docker, classic, load, containerd[:namespace], store")
 	flags.StringVar(&opts.lazy, "lazy", string(target.AutoLazy), "What becomes of lazily mounted layers: auto, keep, never")
 	flags.StringVar(&opts.containerdAddress, "containerd-address", "", "The `socket` of containerd (default: looked for)")
 	flags.StringVar(&opts.snapshotter, "snapshotter", "", "The snapshotter to unpack into, with --to containerd (default: the namespace's)")
 	opts.complete(cmd)
+	registerCompletion(cmd, "torrents", completion.FromList(fetcher.TorrentPolicies()...))
 	registerCompletion(cmd, "to", completion.FromList(target.Kinds()...))
 	registerCompletion(cmd, "lazy", completion.FromList(string(target.AutoLazy), string(target.KeepLazy), string(target.NeverLazy)))
 	registerCompletion(cmd, "containerd-address", completion.FileNames())
@@ -89,6 +104,13 @@ func runPull(ctx context.Context, dockerCLI command.Cli, o Options, opts pullOpt
 		return status(ctx, usageError{errors.New("--no-seed and --duration exclude each other")})
 	}
 	req.NoSeed = opts.noSeed
+	if req.Torrents, err = fetcher.ParseTorrentPolicy(opts.torrents); err != nil {
+		return status(ctx, usageError{fmt.Errorf("--torrents: %w", err)})
+	}
+	if err := fetcher.CheckTrackers(opts.trackers); err != nil {
+		return status(ctx, usageError{fmt.Errorf("--tracker: %w", err)})
+	}
+	req.Trackers = opts.trackers
 	switch target.Lazy(opts.lazy) {
 	case target.AutoLazy, target.KeepLazy, target.NeverLazy:
 	default:

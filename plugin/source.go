@@ -18,6 +18,7 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/api"
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/published"
 	"github.com/docker-quay/docker-quay/fetcher/store"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/plugin/progress"
@@ -68,7 +69,8 @@ type remote struct {
 
 func openRemote(ctx context.Context, c *api.Client, r Request) (Source, error) {
 	req := api.ImageRequest{
-		Ref: r.Ref.String(), Insecure: r.Insecure, SkipWebSeed: r.SkipWebSeed,
+		Ref: r.Ref.String(), Insecure: r.Insecure, SkipWebSeed: r.SkipWebSeed, Offline: r.Offline,
+		Torrents: string(r.Torrents), Trackers: r.Trackers,
 	}
 	if r.Platform != nil {
 		req.Platform = *r.Platform
@@ -92,8 +94,8 @@ func openRemote(ctx context.Context, c *api.Client, r Request) (Source, error) {
 	if s.Image.Note != "" {
 		src.notes = append(src.notes, s.Image.Note)
 	}
-	if len(r.Peers) > 0 || r.UploadRate > 0 || r.DownloadRate > 0 || r.NoSeed {
-		src.notes = append(src.notes, "the node daemon fetches, with the peers and the rates of its own configuration; --no-daemon uses those of the command line")
+	if len(r.Peers) > 0 || r.UploadRate > 0 || r.DownloadRate > 0 || r.NoSeed || r.Zone != "" || r.LocalDiscovery {
+		src.notes = append(src.notes, "the node daemon fetches, with the peers and the limits of its own configuration; --no-daemon uses those of the command line")
 	}
 	return src, nil
 }
@@ -193,11 +195,14 @@ func openEmbedded(ctx context.Context, r Request, note string) (_ Source, err er
 	s.fetcher, err = fetcher.New(ctx, fetcher.Options{
 		Store: s.store, Secret: secret, Ports: r.Ports, Peers: r.Peers,
 		UploadRate: r.UploadRate, DownloadRate: r.DownloadRate, NoSeed: r.NoSeed, Log: r.Log,
+		Zone: r.Zone, LocalDiscovery: r.LocalDiscovery, Connections: r.MaxConnections, Ephemeral: true,
+		Open:   &fetcher.OpenOptions{Ports: r.Ports, Public: true},
+		Behalf: &origin.Options{UserAgent: "docker-quay/" + fetcher.Version},
 	})
 	if err != nil {
 		return nil, err
 	}
-	o := fetcher.ImageOptions{Origin: s.origin, SkipOrigin: r.SkipWebSeed}
+	o := fetcher.ImageOptions{Origin: s.origin, SkipOrigin: r.SkipWebSeed, Offline: r.Offline, Torrents: r.Torrents, Trackers: r.Trackers}
 	if r.Platform != nil {
 		o.Platform = *r.Platform
 	}
@@ -219,6 +224,10 @@ func (s *embedded) Notes() []string              { return s.notes }
 func (s *embedded) Progress() []progress.Blob    { return blobs(s.img.Progress()) }
 func (s *embedded) Fetch(ctx context.Context) error {
 	return s.img.Fetch(ctx)
+}
+
+func (s *embedded) Publish(ctx context.Context, torrents []*published.Torrent) error {
+	return s.img.Publish(ctx, torrents)
 }
 
 func (s *embedded) Open(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 )
 
@@ -30,6 +31,7 @@ type Config struct {
 	Snapshotter SnapshotterConfig `toml:"snapshotter"`
 	Store       StoreConfig       `toml:"store"`
 	Peers       PeersConfig       `toml:"peers"`
+	Torrents    TorrentsConfig    `toml:"torrents"`
 	Limits      LimitsConfig      `toml:"limits"`
 	Origin      OriginConfig      `toml:"origin"`
 	Mirror      MirrorConfig      `toml:"mirror"`
@@ -57,12 +59,27 @@ type PeersConfig struct {
 	Advertise  string          `toml:"advertise"` // "": found out
 	Peers      []string        `toml:"peers"`     // host or host:port
 	Seed       bool            `toml:"seed"`
+	Zone       string          `toml:"zone"`            // "": none
+	Discovery  bool            `toml:"local_discovery"` // BEP 14 on the node's networks
+}
+
+// TorrentsConfig is [torrents].
+type TorrentsConfig struct {
+	Use    string          `toml:"use"`    // auto, always, never
+	Listen string          `toml:"listen"` // address without port
+	Ports  trust.PortRange `toml:"ports"`
+	DHT    bool            `toml:"dht"`
 }
 
 // LimitsConfig is [limits]. 0 is no limit.
 type LimitsConfig struct {
-	Upload   Rate `toml:"upload"`
-	Download Rate `toml:"download"`
+	Upload             Rate    `toml:"upload"`
+	Download           Rate    `toml:"download"`
+	UploadPerBlob      Rate    `toml:"upload_per_blob"`
+	DownloadPerBlob    Rate    `toml:"download_per_blob"`
+	Connections        int     `toml:"connections"`
+	ConnectionsPerBlob int     `toml:"connections_per_blob"`
+	CPUs               float64 `toml:"cpus"`
 }
 
 // OriginConfig is [origin].
@@ -70,6 +87,8 @@ type OriginConfig struct {
 	DockerConfig string   `toml:"docker_config"` // folder with config.json; "": docker's default
 	HostDirs     []string `toml:"host_dirs"`
 	Insecure     []string `toml:"insecure"` // host or host:port
+	Reach        string   `toml:"reach"`    // direct, members
+	Offline      bool     `toml:"offline"`  // containerd's pulls take what members saw
 }
 
 // MirrorConfig is [mirror].
@@ -107,9 +126,15 @@ func DefaultConfig() Config {
 			Peers:      []string{},
 			Seed:       true,
 		},
+		Torrents: TorrentsConfig{
+			Use: string(fetcher.TorrentsAuto), Listen: "0.0.0.0", DHT: true,
+			Ports: trust.PortRange{First: 6890, Last: 6899}, // behind those of the cluster
+		},
+		Limits: LimitsConfig{Connections: fetcher.DefaultConnections, ConnectionsPerBlob: fetcher.DefaultConnectionsPerBlob},
 		Origin: OriginConfig{
 			HostDirs: []string{"/etc/quay/certs.d", "/etc/containerd/certs.d", "/etc/docker/certs.d"},
 			Insecure: []string{},
+			Reach:    string(fetcher.Direct),
 		},
 		Mirror: MirrorConfig{Listen: "127.0.0.1:6880"}, // the port below those of the peers
 		Log:    LogConfig{Level: "info", Format: "text"},
@@ -202,15 +227,36 @@ func (c *Config) Validate() error {
 	if _, err := netip.ParseAddrPort(c.Peers.Advertise); c.Peers.Advertise != "" && err != nil {
 		wrong("peers.advertise", "%q is not an IP address and port, such as \"192.0.2.7:6881\"", c.Peers.Advertise)
 	}
+	if _, err := fetcher.ParseTorrentPolicy(c.Torrents.Use); err != nil || c.Torrents.Use == "" {
+		wrong("torrents.use", "%q is none of %s", c.Torrents.Use, strings.Join(fetcher.TorrentPolicies(), ", "))
+	}
+	if net.ParseIP(c.Torrents.Listen) == nil {
+		wrong("torrents.listen", "%q is not an IP address; the ports are set by torrents.ports", c.Torrents.Listen)
+	}
 	for _, p := range c.Peers.Peers {
 		if p == "" || strings.ContainsAny(p, "/ ,") {
 			wrong("peers.peers", "%q is not a host or host:port", p)
 		}
 	}
+	if err := fetcher.CheckZone(c.Peers.Zone); err != nil {
+		wrong("peers.zone", "%v", err)
+	}
+	if n := c.Limits.Connections; n < fetcher.LeastConnections {
+		wrong("limits.connections", "%d is too few for a node to work with: %d or more", n, fetcher.LeastConnections)
+	}
+	if n := c.Limits.ConnectionsPerBlob; n < 1 {
+		wrong("limits.connections_per_blob", "%d is not a number of connections: 1 or more", n)
+	}
+	if n := c.Limits.CPUs; n != 0 && !(n >= leastCPUs && n <= mostCPUs) {
+		wrong("limits.cpus", "%v is not a number of CPUs: write one like 0.5 or 2, at least %v, or 0 for no limit", n, leastCPUs)
+	}
 	for _, h := range c.Origin.Insecure {
 		if h == "" || strings.ContainsAny(h, "/ ,") {
 			wrong("origin.insecure", "%q is not a host or host:port", h)
 		}
+	}
+	if reaches := []string{string(fetcher.Direct), string(fetcher.ThroughMembers)}; !slices.Contains(reaches, c.Origin.Reach) {
+		wrong("origin.reach", "%q is none of %s", c.Origin.Reach, strings.Join(reaches, ", "))
 	}
 	for _, d := range c.Origin.HostDirs {
 		if !filepath.IsAbs(d) {

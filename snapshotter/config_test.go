@@ -51,6 +51,8 @@ func TestConfigRoundTrip(t *testing.T) {
 	want := DefaultConfig()
 	want.Store.Quota = 50 << 30
 	want.Limits.Upload = 1500 * 1000
+	want.Limits.DownloadPerBlob, want.Limits.Connections, want.Limits.ConnectionsPerBlob, want.Limits.CPUs = 3<<20, 100, 10, 0.5
+	want.Peers.Zone, want.Peers.Discovery = "eu-1/a", true
 	want.Peers.Ports = trust.PortRange{First: 7000, Last: 7000}
 	text, err := toml.Marshal(want)
 	if err != nil {
@@ -82,7 +84,16 @@ func TestConfigErrors(t *testing.T) {
 		{"listen with port", "[peers]\nlisten = \"0.0.0.0:6881\"\n", `peers.listen: "0.0.0.0:6881" is not an IP address; the ports are set by peers.ports`},
 		{"advertise without port", "[peers]\nadvertise = \"192.0.2.7\"\n", `peers.advertise: "192.0.2.7" is not an IP address and port, such as "192.0.2.7:6881"`},
 		{"peer with a path", "[peers]\npeers = [\"https://a\"]\n", `peers.peers: "https://a" is not a host or host:port`},
+		{"torrents", "[torrents]\nuse = \"sometimes\"\n", `torrents.use: "sometimes" is none of auto, always, never`},
+		{"torrents listen", "[torrents]\nlisten = \"\"\n", `torrents.listen: "" is not an IP address; the ports are set by torrents.ports`},
+		{"zone", "[peers]\nzone = \"rack 4\"\n", `peers.zone: zone "rack 4": only letters, digits and ._-/: may be in it`},
+		{"rate of a blob", "[limits]\nupload_per_blob = \"5\"\n", `line 2: limits.upload_per_blob: "5" is no rate: write bytes per second with a unit, such as "100MiB", or "0" for no limit`},
+		{"few connections", "[limits]\nconnections = 4\nconnections_per_blob = 0\n", `limits.connections: 4 is too few for a node to work with: 16 or more; limits.connections_per_blob: 0 is not a number of connections: 1 or more`},
+		{"CPUs below 0", "[limits]\ncpus = -1\n", `limits.cpus: -1 is not a number of CPUs: write one like 0.5 or 2, at least 0.1, or 0 for no limit`},
+		{"hardly a CPU", "[limits]\ncpus = 0.01\n", `limits.cpus: 0.01 is not a number of CPUs: write one like 0.5 or 2, at least 0.1, or 0 for no limit`},
+		{"CPUs in words", "[limits]\ncpus = nan\n", `limits.cpus: NaN is not a number of CPUs: write one like 0.5 or 2, at least 0.1, or 0 for no limit`},
 		{"log", "[log]\nlevel = \"loud\"\nformat = \"xml\"\n", `log.level: "loud" is none of debug, info, warn, error; log.format: "xml" is none of text, json`},
+		{"reach", "[origin]\nreach = \"bastion\"\n", `origin.reach: "bastion" is none of direct, members`},
 		{"one socket twice", "[api]\nsocket = \"/run/quay/snapshotter.sock\"\n", "api.socket: is the same as snapshotter.socket"},
 		{"long socket", "[api]\nsocket = \"/" + strings.Repeat("a", 107) + "\"\n", `api.socket: "/` + strings.Repeat("a", 107) + `" is longer than the 107 bytes a socket's path may have`},
 	} {
@@ -95,6 +106,16 @@ func TestConfigErrors(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", got, c.want)
 			}
 		})
+	}
+}
+
+// TestCPUs: whole numbers need no point.
+func TestCPUs(t *testing.T) {
+	for text, want := range map[string]float64{"2": 2, "0.5": 0.5, "0": 0, "1.5": 1.5} {
+		cfg, err := ParseConfig([]byte("[limits]\ncpus = " + text + "\n"))
+		if err != nil || cfg.Limits.CPUs != want {
+			t.Errorf("cpus = %s: %v, %v", text, cfg.Limits.CPUs, err)
+		}
 	}
 }
 

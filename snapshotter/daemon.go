@@ -34,6 +34,7 @@ type Options struct {
 // one of its services fails.
 func Run(ctx context.Context, cfg Config, o Options) (err error) {
 	captureLibraryLog(o.Log)
+	defer limitCPUs(cfg.Limits.CPUs, ownCgroup(), o.Log)()
 	for _, dir := range []struct {
 		path string
 		mode os.FileMode
@@ -60,7 +61,7 @@ func Run(ctx context.Context, cfg Config, o Options) (err error) {
 	defer func() { stop(node.Close) }()
 	services := node.Services
 	if l := cfg.Metrics.Listen; l != "" {
-		m, merr := newMetrics(l)
+		m, merr := newMetrics(l, node.Metrics)
 		if merr != nil {
 			stop(shutdownAll(services))
 			return merr

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
@@ -37,10 +38,14 @@ func newHTTPService(what, key, addr string, h http.Handler) (*httpService, error
 	}, nil
 }
 
-// newMetrics serves the process's Prometheus registry on /metrics.
-func newMetrics(addr string) (*httpService, error) {
+// newMetrics serves the process's Prometheus registry, and what c collects, on /metrics.
+func newMetrics(addr string, c prometheus.Collector) (*httpService, error) {
+	own := prometheus.NewRegistry()
+	if err := own.Register(c); err != nil {
+		return nil, fmt.Errorf("the metrics cannot be served: %w", err)
+	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.Handler())
+	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{prometheus.DefaultGatherer, own}, promhttp.HandlerOpts{}))
 	return newHTTPService("metrics", "metrics.listen", addr, mux)
 }
 

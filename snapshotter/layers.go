@@ -102,7 +102,7 @@ func (l *Layers) Open(ctx context.Context, ref string, desc ocispec.Descriptor) 
 	if err != nil {
 		return nil, err
 	}
-	b, err := l.f.Blob(ctx, name, desc, fetcher.BlobOptions{Origin: repo.origin})
+	b, err := l.f.Layer(ctx, name, desc, fetcher.Way{Repository: repo.origin, Client: repo.client})
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/api"
 	"github.com/docker-quay/docker-quay/fetcher/mirror"
@@ -25,6 +27,7 @@ import (
 type Node struct {
 	Layers   lazy.Layers                     // where layers come from; nil: every layer is unpacked
 	Services []Service                       // mirror and node API, listening already
+	Metrics  prometheus.Collector            // of the fetcher
 	Close    func(ctx context.Context) error // after the services and the snapshotter are down; may be nil
 }
 
@@ -63,7 +66,13 @@ func NewNode(ctx context.Context, cfg Config, version string, log *slog.Logger) 
 	f, err := fetcher.New(ctx, fetcher.Options{
 		Store: st, Log: log, Secret: secret,
 		Listen: cfg.Peers.Listen, Ports: cfg.Peers.Ports, Advertise: advertise, Peers: cfg.Peers.Peers,
+		Zone: cfg.Peers.Zone, LocalDiscovery: cfg.Peers.Discovery,
 		UploadRate: int64(cfg.Limits.Upload), DownloadRate: int64(cfg.Limits.Download), NoSeed: !cfg.Peers.Seed,
+		Open:              openOptions(cfg.Torrents),
+		UploadRatePerBlob: int64(cfg.Limits.UploadPerBlob), DownloadRatePerBlob: int64(cfg.Limits.DownloadPerBlob),
+		Connections: cfg.Limits.Connections, ConnectionsPerBlob: cfg.Limits.ConnectionsPerBlob,
+		Reach:  fetcher.Reach(cfg.Origin.Reach),
+		Behalf: &origin.Options{HostDirs: cfg.Origin.HostDirs, Own: cfg.Origin.Insecure, UserAgent: "docker-quay/" + version},
 	})
 	if err != nil {
 		return nil, err
@@ -74,7 +83,7 @@ func NewNode(ctx context.Context, cfg Config, version string, log *slog.Logger) 
 	if err != nil {
 		return nil, err
 	}
-	return &Node{Layers: layers, Services: services, Close: closeAll}, nil
+	return &Node{Layers: layers, Services: services, Metrics: metrics{f.Stats}, Close: closeAll}, nil
 }
 
 // serve opens the mirror and the node API over a fetcher.
@@ -82,7 +91,7 @@ func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *
 	var services []Service
 	if cfg.Mirror.Listen != "" {
 		m, err := newHTTPService("registry mirror", "mirror.listen", cfg.Mirror.Listen, mirror.New(mirror.Options{
-			Fetcher: f, Origin: c.of, Log: log,
+			Fetcher: f, Origin: c.of, Offline: cfg.Origin.Offline, Log: log,
 			// Runtimes run as root; who else is on this machine uses the node API, with credentials of their own.
 			Allow: mirror.LocalUsers(0, os.Getuid()),
 		}))
@@ -113,6 +122,15 @@ func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *
 			return st
 		},
 	}))), nil
+}
+
+// openOptions are the node's part in open BitTorrent swarms; nil when it has none.
+func openOptions(cfg TorrentsConfig) *fetcher.OpenOptions {
+	use := fetcher.TorrentPolicy(cfg.Use)
+	if use == fetcher.TorrentsNever {
+		return nil
+	}
+	return &fetcher.OpenOptions{Use: use, Listen: cfg.Listen, Ports: cfg.Ports, Public: cfg.DHT}
 }
 
 // apiService is the node API on its unix socket.

@@ -78,6 +78,12 @@ type ImageRequest struct {
 	Insecure bool `json:"insecure,omitempty"`
 	// SkipWebSeed takes the layers from peers only.
 	SkipWebSeed bool `json:"skip_web_seed,omitempty"`
+	// Offline accepts what members saw when nobody reaches the registry.
+	Offline bool `json:"offline,omitempty"`
+	// Torrents says whether published torrents are used: auto (or empty), always or never. Auto is what the node's configuration says.
+	Torrents string `json:"torrents,omitempty"`
+	// Trackers replace those of published torrents.
+	Trackers []string `json:"trackers,omitempty"`
 	// Credentials are by registry host, as the docker configuration names it.
 	Credentials map[string]Credential `json:"credentials,omitempty"`
 }

@@ -9,9 +9,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"time"
 
 	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/docker-quay/docker-quay/fetcher"
@@ -61,6 +63,20 @@ func (c *Client) Status(ctx context.Context) (st Status, err error) {
 	return st, c.call(ctx, http.MethodGet, "/quay/v1/status", nil, &st)
 }
 
+// Peers asks what the node knows of its neighbours and of the blobs it shares; with
+// blobs named, of those only, at most fetcher.MaxReportDigests.
+func (c *Client) Peers(ctx context.Context, blobs ...digest.Digest) (r fetcher.Report, err error) {
+	path := "/quay/v1/peers"
+	if len(blobs) > 0 {
+		q := url.Values{}
+		for _, d := range blobs {
+			q.Add("digest", d.String())
+		}
+		path += "?" + q.Encode()
+	}
+	return r, c.call(ctx, http.MethodGet, path, nil, &r)
+}
+
 // Image opens a session for an image.
 func (c *Client) Image(ctx context.Context, req ImageRequest) (*Session, error) {
 	s := &Session{c: c}
@@ -76,7 +92,11 @@ func (c *Client) Image(ctx context.Context, req ImageRequest) (*Session, error) 
 
 func (c *Client) do(ctx context.Context, method, path string, msg any) (*http.Response, error) {
 	var body io.Reader
-	if msg != nil {
+	switch msg := msg.(type) {
+	case nil:
+	case encoded:
+		body = bytes.NewReader(msg)
+	default:
 		b, err := json.Marshal(msg)
 		if err != nil {
 			return nil, err

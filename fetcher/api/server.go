@@ -77,11 +77,13 @@ func NewServer(o ServerOptions) *Server {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &Server{o: o, mux: http.NewServeMux(), stop: cancel, done: make(chan struct{}), sessions: map[string]*session{}}
 	s.mux.HandleFunc("GET /quay/v1/status", s.status)
+	s.mux.HandleFunc("GET /quay/v1/peers", s.peers)
 	s.mux.HandleFunc("POST /quay/v1/images", s.open)
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/content/{digest}", s.with(s.content))
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/content/{digest}/fault", s.with(s.fault))
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/progress", s.with(s.progress))
 	s.mux.HandleFunc("POST /quay/v1/images/{session}/fetch", s.with(s.fetch))
+	s.mux.HandleFunc("POST /quay/v1/images/{session}/torrents/{digest}", s.with(s.publish))
 	s.mux.HandleFunc("DELETE /quay/v1/images/{session}", s.close)
 	go s.expire(ctx)
 	return s
@@ -207,6 +209,14 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadRequest, fmt.Errorf("image %q: %w", req.Ref, err))
 		return
 	}
+	policy, err := fetcher.ParseTorrentPolicy(req.Torrents)
+	if err == nil {
+		err = fetcher.CheckTrackers(req.Trackers)
+	}
+	if err != nil {
+		refuse(w, http.StatusBadRequest, fmt.Errorf("image %q: torrents: %w", req.Ref, err))
+		return
+	}
 	o, err := s.o.Origin(req)
 	if err != nil {
 		refuse(w, http.StatusInternalServerError, err)
@@ -214,7 +224,7 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 	}
 	uid := userOf(r)
 	img, err := s.o.Fetcher.Image(r.Context(), ref, fetcher.ImageOptions{
-		Origin: o, Platform: req.Platform, SkipOrigin: req.SkipWebSeed,
+		Origin: o, Platform: req.Platform, SkipOrigin: req.SkipWebSeed, Offline: req.Offline, Torrents: policy, Trackers: req.Trackers,
 		AllowCached: func(seen store.Ref) bool {
 			return uid == 0 || seen.Access == origin.Public || o.Accepted(ref, seen.Access)
 		},

@@ -9,417 +9,443 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/netip"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
 )
 
 const (
-	// helloEvery is how often each known address is asked. A node that dies is
-	// noticed sooner by the blobs it was to deliver; this only keeps the list.
-	helloEvery = 3 * time.Second
-	// helloAgain is the first wait for a configured peer that did not answer at
-	// once; it doubles up to helloEvery. Nodes that are started together miss
-	// each other by a tenth of a second: with only helloEvery, four of them
-	// fetched 2.25 times an image of 64 MiB at 200 Mbit/s from the registry.
-	helloAgain = 200 * time.Millisecond
-	// MemberTTL is how long a member counts as live after its last sign of
-	// life: three hellos, of which two may be lost.
-	MemberTTL = 10 * time.Second
 	// callTimeout bounds one small exchange with a member. A member that takes
 	// longer is slower than the registry and not worth waiting for.
 	callTimeout = 2 * time.Second
 	// dialTimeout bounds the TCP and TLS set-up with a member.
 	dialTimeout = 2 * time.Second
-	// parallelCalls bounds how many members are spoken to at once.
-	parallelCalls = 16
 	// idleConns is how many idle connections to members are kept.
 	idleConns = 128
+	// keepers is how many members keep the list of a blob: the first lends, the
+	// second knows the holders when the first goes. A third is asked when both are
+	// gone at once.
+	keepers, keepersAsked = 2, 3
+	// suspectFor is how long a member that did not answer is passed over as a
+	// keeper; by then membership knows whether it is gone.
+	suspectFor = 10 * time.Second
+	// tellSoon is how long after a change among the members a node tells new keepers
+	// what it holds.
+	tellSoon = 50 * time.Millisecond
+	// tellAgain is when it tries again to tell a keeper that did not answer.
+	tellAgain = 2 * time.Second
+	// maxEarly bounds the members whose first words came before the news of them.
+	maxEarly = 1024
+	// youngFor is how long after a change among the members a keeper that hears of
+	// a fetch for the first time takes into account that another one kept it.
+	youngFor = 10 * time.Second
 )
 
 // ErrNotHeld is the answer to a ranged read of pieces the member does not hold.
 var ErrNotHeld = errors.New("the member does not hold that range")
 
-// Holder is what the node itself knows of blobs; the fetcher is one.
-type Holder interface {
-	// Announced takes in what a member said of its part in a blob and returns
-	// this node's own; Absent set when it has none.
-	Announced(ctx context.Context, from Member, a Announcement) Announcement
-	// ReadHeld writes size bytes of a blob from off to w, all of which the node
-	// holds, or, with through set, can get from the registry at once;
-	// ErrNotHeld, before anything was written, otherwise.
-	ReadHeld(ctx context.Context, w io.Writer, d digest.Digest, off, size int64, through bool) error
+// Membership tells who is a member now; package gossip has one.
+type Membership interface {
+	// Self is this node.
+	Self() Member
+	// Members are the live members but this one, in the order of their IDs. It is
+	// asked often and must be quick; the caller does not change the result.
+	Members() []Member
+	// Changed is closed at the next change of Members or Self.
+	Changed() <-chan struct{}
 }
 
-// Options configures a Cluster. All fields but Peers, Advertise and Log are
-// required.
+// Holder is what the node itself knows of blobs; the fetcher is one.
+type Holder interface {
+	// ReadHeld writes size bytes of a blob from off to w, all of which the node
+	// holds, or, with through set, can get from the registry at once;
+	// ErrNotHeld, before anything was written, otherwise. Before the first byte it
+	// calls vouch, unless nil, with statements about the pieces of the range.
+	ReadHeld(ctx context.Context, w io.Writer, vouch func([]Statement), d digest.Digest, off, size int64, through bool) error
+	// Statements returns what the node can say, or has been told, of the content
+	// of those pieces; some or none.
+	Statements(ctx context.Context, d digest.Digest, size int64, pieces []int) []Statement
+	// Complete lists blobs that the node holds wholly and gives to others.
+	Complete() []Hold
+}
+
+// Options configures a Cluster. All fields but Errands, Body, Connections and Log
+// are required.
 type Options struct {
-	// ID is this node's ID.
-	ID string
+	Membership Membership
 	// PeerID names the other side of a verified connection.
 	PeerID func(tls.ConnectionState) (string, error)
 	// Client is the TLS configuration to reach members with.
 	Client *tls.Config
-	// Port is this node's TLS port; Advertise its address when members cannot
-	// take it from the connections they see.
-	Port      uint16
-	Advertise netip.AddrPort
-	// Peers are host:port addresses to say hello to.
-	Peers []string
 	// Holder answers for this node's blobs.
 	Holder Holder
-	Log    *slog.Logger
+	// Errands is what this node does for members that cannot reach a registry;
+	// nil: nothing.
+	Errands Errands
+	// Body slows what a member sends of a blob to the rates of this node; nil: not.
+	Body func(ctx context.Context, d digest.Digest, r io.Reader) io.Reader
+	// Connections bounds those to members; 0: no bound.
+	Connections int
+	Log         *slog.Logger
 }
 
 // Cluster is this node's view of the members. It is safe for concurrent use.
 type Cluster struct {
 	o      Options
 	client *http.Client
+	dialer *dialer
+	ctx    context.Context
 	cancel context.CancelFunc
-	done   chan struct{}
-	first  chan struct{} // closed when each of o.Peers was tried once
+	wg     sync.WaitGroup
+	calls  Calls
 
 	mu      sync.Mutex // guards following
-	members map[string]*member
-	silent  map[string]error // of o.Peers, by address: why the last hello failed
+	book    *Book
+	suspect map[string]time.Time // members that did not answer, and when
+	changed time.Time            // when the members last changed
+	early   map[string]time.Time // who spoke before membership knew of it, and when
 }
 
-type member struct {
-	Member
-	seen time.Time
-}
-
-// New starts saying hello to the peers of o. Handler's result must be served on
-// the node's TLS port.
+// New starts a node's part in the cluster. Handler's result must be served on the
+// node's TLS port.
 func New(o Options) *Cluster {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	dialer := &net.Dialer{Timeout: dialTimeout}
-	ctx, cancel := context.WithCancel(context.Background())
 	c := &Cluster{
-		o: o,
-		client: &http.Client{Transport: &http.Transport{
-			DialContext:         dialer.DialContext,
-			TLSClientConfig:     o.Client,
-			TLSHandshakeTimeout: dialTimeout,
-			// HTTP/1.1 on purpose: a demand read must not share a connection,
-			// and with it a congestion window, with another.
-			MaxIdleConnsPerHost: 8,
-			MaxIdleConns:        idleConns,
-			IdleConnTimeout:     time.Minute,
-		}},
-		cancel:  cancel,
-		done:    make(chan struct{}),
-		first:   make(chan struct{}),
-		members: map[string]*member{},
-		silent:  map[string]error{},
+		o: o, book: NewBook(rand.Uint64()), suspect: map[string]time.Time{}, early: map[string]time.Time{},
 	}
-	go c.run(ctx)
+	c.dialer = newDialer(o.Connections)
+	c.client = &http.Client{Transport: &http.Transport{
+		DialContext:         c.dialer.dial,
+		TLSClientConfig:     o.Client,
+		TLSHandshakeTimeout: dialTimeout,
+		// HTTP/1.1 on purpose: a demand read must not share a connection,
+		// and with it a congestion window, with another.
+		MaxIdleConnsPerHost: 8,
+		MaxIdleConns:        idleConns,
+		IdleConnTimeout:     time.Minute,
+	}}
+	c.dialer.idle = c.client.CloseIdleConnections
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.wg.Go(c.watch)
 	return c
 }
 
-// Close stops the hellos and drops idle connections.
+// Close ends what runs and drops idle connections.
 func (c *Cluster) Close() {
 	c.cancel()
-	<-c.done
+	c.wg.Wait()
 	c.client.CloseIdleConnections()
 }
 
 // ID returns this node's own ID.
-func (c *Cluster) ID() string { return c.o.ID }
+func (c *Cluster) ID() string { return c.o.Membership.Self().ID }
 
-// Ready waits until every configured peer has answered or failed once, or until
-// ctx ends.
-func (c *Cluster) Ready(ctx context.Context) {
-	select {
-	case <-c.first:
-	case <-ctx.Done():
-	}
-}
+// Members returns the other live members, in the order of their IDs. The caller
+// does not change the result.
+func (c *Cluster) Members() []Member { return c.o.Membership.Members() }
 
-// Members returns the live members, in the order of their IDs.
-func (c *Cluster) Members() []Member {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	ms := make([]Member, 0, len(c.members))
-	for _, m := range c.members {
-		if time.Since(m.seen) < MemberTTL {
-			ms = append(ms, m.Member)
-		}
-	}
-	slices.SortFunc(ms, func(a, b Member) int { return strings.Compare(a.ID, b.ID) })
-	return ms
-}
-
-// Silent returns those of the configured peers that did not answer the last
-// hello, by address, and why.
-func (c *Cluster) Silent() map[string]error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return maps.Clone(c.silent)
-}
-
-// run says hello to the configured peers and to every member, until ctx ends.
-func (c *Cluster) run(ctx context.Context) {
-	defer close(c.done)
-	c.round(ctx)
-	close(c.first)
-	for soon := helloAgain; ; soon *= 2 {
-		wait := helloEvery
-		if soon < wait && len(c.Silent()) > 0 {
-			wait = soon
-		}
-		// A tenth of jitter keeps a rack that was switched on at once from
-		// speaking in one breath for ever.
-		wait += time.Duration(rand.Int64N(int64(wait / 10)))
+// watch follows the membership: the book forgets who left, and keepers that are
+// new are told of the complete blobs here.
+func (c *Cluster) watch() {
+	told := map[digest.Digest][keepers]string{}
+	next := time.NewTimer(tellSoon)
+	defer next.Stop()
+	refresh := time.NewTimer(HoldEvery - rand.N(HoldEvery/5))
+	defer refresh.Stop()
+	again := time.NewTimer(youngFor)
+	defer again.Stop()
+	// A change while this node tells is one to act on afterwards: the channel is
+	// renewed only before the members are looked at.
+	changed := c.o.Membership.Changed()
+	for {
 		select {
-		case <-ctx.Done():
+		case <-c.ctx.Done():
 			return
-		case <-time.After(wait):
+		case <-again.C:
+			// Once more when the members have settled: a keeper may have heard of
+			// this node's blobs while it took another for their keeper, or for gone.
+			c.retain()
+			clear(told)
+		case <-changed:
+			changed = c.o.Membership.Changed()
+			c.mu.Lock()
+			c.changed = time.Now()
+			c.mu.Unlock()
+			c.retain()
+			again.Reset(youngFor)
+			// Members come and go in groups: tell once for all of them. In a large
+			// cluster not all at the same moment.
+			spread := tellSoon + time.Duration(len(c.Members()))*time.Millisecond
+			next.Reset(tellSoon + rand.N(min(spread, time.Second)))
+			continue
+		case <-refresh.C:
+			clear(told)
+			refresh.Reset(HoldEvery - rand.N(HoldEvery/5))
+		case <-next.C:
 		}
-		c.round(ctx)
+		if !c.tell(told) {
+			next.Reset(tellAgain)
+		}
 	}
 }
 
-func (c *Cluster) round(ctx context.Context) {
-	addrs := slices.Clone(c.o.Peers)
-	known := map[string]bool{}
+// retain forgets who is no member, and has not spoken just before it became one.
+func (c *Cluster) retain() {
+	live := map[string]bool{c.ID(): true}
+	for _, m := range c.Members() {
+		live[m.ID] = true
+	}
 	c.mu.Lock()
-	for id, m := range c.members {
-		if time.Since(m.seen) > 6*MemberTTL {
-			delete(c.members, id)
+	defer c.mu.Unlock()
+	for id, at := range c.early {
+		if time.Since(at) < youngFor {
+			live[id] = true
+		} else {
+			delete(c.early, id)
+		}
+	}
+	c.book.Retain(func(id string) bool { return live[id] })
+	for id := range c.suspect {
+		if !live[id] {
+			delete(c.suspect, id)
+		}
+	}
+}
+
+// tell registers this node's complete blobs with those of their keepers that
+// have not been told. It reports whether all of them took it.
+func (c *Cluster) tell(told map[digest.Digest][keepers]string) bool {
+	all := true
+	byKeeper := map[string][]Hold{}
+	members := map[string]Member{}
+	self := c.o.Membership.Self()
+	complete := c.o.Holder.Complete()
+	have := make(map[digest.Digest]bool, len(complete))
+	for _, h := range complete {
+		have[h.Digest] = true
+		var now [keepers]string
+		for i, m := range c.keepersOf(h.Digest) {
+			if i >= keepers {
+				break
+			}
+			now[i] = m.ID
+			if !slices.Contains(slices.Collect(values(told[h.Digest])), m.ID) {
+				byKeeper[m.ID] = append(byKeeper[m.ID], h)
+				members[m.ID] = m
+			}
+		}
+		told[h.Digest] = now
+	}
+	for d := range told {
+		if !have[d] {
+			delete(told, d)
+		}
+	}
+	for id, hs := range byKeeper {
+		for part := range slices.Chunk(hs, maxHolds) {
+			if id == self.ID {
+				c.mu.Lock()
+				c.book.Hold(time.Now(), self, part)
+				c.mu.Unlock()
+				continue
+			}
+			var none struct{}
+			if _, err := c.call(c.ctx, members[id], "/quay/v1/holds", holds{c.envelope(), part}, &none); err != nil {
+				c.o.Log.Debug("keeper does not take the list of complete blobs", "node", id, "err", err)
+				for _, h := range part {
+					delete(told, h.Digest)
+				}
+				all = false
+			}
+		}
+	}
+	return all
+}
+
+func values(a [keepers]string) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for _, v := range a {
+			if !yield(v) {
+				return
+			}
+		}
+	}
+}
+
+// keepersOf ranks the members, this node among them, that keep a blob's list.
+func (c *Cluster) keepersOf(d digest.Digest) []Member {
+	return Keepers(d, func(yield func(Member) bool) {
+		if !yield(c.o.Membership.Self()) {
+			return
+		}
+		for _, m := range c.Members() {
+			if !yield(m) {
+				return
+			}
+		}
+	})
+}
+
+// Keeper returns the member that keeps a blob's list now; this node it may be.
+func (c *Cluster) Keeper(d digest.Digest) Member { return c.keepersOf(d)[0] }
+
+// Announce tells a blob's keeper of this node's part in it, and returns the
+// keeper's answer. When one keeper does not answer, the next in rank is asked.
+func (c *Cluster) Announce(ctx context.Context, a Announcement) (Reply, error) {
+	if a.Size > maxBlobSize {
+		return Reply{}, fmt.Errorf("%s: blobs of more than %d bytes are not shared", a.Digest, int64(maxBlobSize))
+	}
+	self := c.o.Membership.Self()
+	ks := c.keepersOf(a.Digest)
+	insist := false
+	var last error
+	for tries := 0; len(ks) > 0 && tries < 2*keepersAsked; tries++ {
+		k := ks[0]
+		ks = ks[1:]
+		if k.ID == self.ID {
+			return c.keep(self, a, insist), nil
+		}
+		if c.suspected(k.ID) && len(ks) > 0 {
+			insist = true
 			continue
 		}
-		known[m.Addr.String()] = true
-	}
-	c.mu.Unlock()
-	addrs = slices.DeleteFunc(addrs, func(a string) bool { return known[a] })
-	for a := range known {
-		addrs = append(addrs, a)
-	}
-	var g errgroup.Group
-	g.SetLimit(parallelCalls)
-	var learned sync.Map
-	for _, a := range addrs {
-		g.Go(func() error {
-			for _, m := range c.hello(ctx, a) {
-				learned.Store(m.ID, m)
-			}
-			return nil
-		})
-	}
-	_ = g.Wait()
-	// What was learned becomes a member only after it answered itself.
-	learned.Range(func(_, v any) bool {
-		m := v.(Member)
-		c.mu.Lock()
-		_, have := c.members[m.ID]
-		c.mu.Unlock()
-		if !have && m.ID != c.o.ID {
-			g.Go(func() error { c.hello(ctx, m.Addr.String()); return nil })
+		var ans Reply
+		msg := announce{c.envelope(), a}
+		msg.Insist = insist
+		_, err := c.call(ctx, k, "/quay/v1/announce", msg, &ans)
+		if err == nil {
+			err = ans.validate(a.Digest, a.Size)
 		}
-		return true
-	})
-	_ = g.Wait()
+		switch {
+		case err == nil && ans.Elsewhere != nil && !insist:
+			ks = append([]Member{*ans.Elsewhere}, ks...)
+			insist = true // once
+			continue
+		case err == nil:
+			return ans, nil
+		case ctx.Err() != nil:
+			return Reply{}, ctx.Err()
+		}
+		c.o.Log.Debug("keeper does not answer", "node", k.ID, "addr", k.Addr, "err", err)
+		c.suspects(k.ID)
+		last, insist = err, true
+	}
+	if last == nil {
+		last = errors.New("no member keeps its list")
+	}
+	return Reply{}, last
 }
 
-// hello exchanges membership with one address and returns the members it named.
-func (c *Cluster) hello(ctx context.Context, addr string) []Member {
-	var answer hello
-	from, err := c.call(ctx, addr, "/quay/v1/hello", hello{Port: c.o.Port, Addr: c.o.Advertise}, &answer)
-	if ctx.Err() == nil && slices.Contains(c.o.Peers, addr) {
-		c.mu.Lock()
-		if delete(c.silent, addr); err != nil {
-			c.silent[addr] = err
-		}
-		c.mu.Unlock()
-	}
-	if err != nil {
-		if ctx.Err() == nil {
-			c.o.Log.Debug("peer does not answer", "peer", addr, "err", err)
-		}
-		return nil
-	}
-	if err := answer.validate(); err != nil {
-		c.o.Log.Warn("peer sent a malformed answer", "peer", addr, "err", err)
-		return nil
-	}
-	c.saw(from)
-	return answer.Members
-}
-
-// saw records a sign of life.
-func (c *Cluster) saw(m Member) {
-	if m.ID == c.o.ID || m.ID == "" || !m.Addr.IsValid() || m.Addr.Port() == 0 {
-		return
-	}
+// keep answers an announcement as the blob's keeper.
+func (c *Cluster) keep(from Member, a Announcement, insist bool) Reply {
+	first, members := c.Keeper(a.Digest).ID == c.ID(), len(c.Members())+1
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if have := c.members[m.ID]; have != nil {
-		have.Addr, have.seen = m.Addr, time.Now()
-		return
+	now := time.Now()
+	if !first && c.book.Busy(now, a.Digest) < StandIn(members) {
+		// As far as membership knows the first keeper lives, and is only too busy
+		// for some. Two that lend at the same time would be two copies; what this
+		// one can do until it is known better is name peers.
+		a.Want, a.Hungry = 0, false
 	}
-	if len(c.members) >= maxMembers {
-		return
-	}
-	// A node that restarted comes back at its address under a new ID.
-	for id, other := range c.members {
-		if other.Addr == m.Addr {
-			delete(c.members, id)
-		}
-	}
-	c.members[m.ID] = &member{Member: m, seen: time.Now()}
-	c.o.Log.Info("peer joined", "node", m.ID, "addr", m.Addr)
+	// A fetch that is under way already, or a keeper that left lately, means that
+	// segments may be out that this book does not know of.
+	fresh := a.Claimed.Count() > 0 || insist || now.Sub(c.changed) < youngFor && a.Have > 0
+	return c.book.Announce(now, from, a, fresh)
 }
 
-// lost tells that a member failed to answer just now: it stops being live until
-// its next hello.
-func (c *Cluster) lost(id string) {
+// better returns the keeper of a blob when this node is not it, and the one that
+// is has not failed to answer lately.
+func (c *Cluster) better(d digest.Digest) *Member {
+	k := c.Keeper(d)
+	if k.ID == c.ID() || c.suspected(k.ID) {
+		return nil
+	}
+	return &k
+}
+
+func (c *Cluster) suspected(id string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if m := c.members[id]; m != nil {
-		m.seen = time.Now().Add(-MemberTTL)
-	}
+	return time.Since(c.suspect[id]) < suspectFor
 }
 
-// call posts one message to addr and decodes the answer; from is who answered.
-func (c *Cluster) call(ctx context.Context, addr, path string, msg, answer any) (from Member, err error) {
+func (c *Cluster) suspects(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.suspect[id] = time.Now()
+}
+
+func (c *Cluster) envelope() envelope {
+	m := c.o.Membership.Self()
+	return envelope{Port: m.Addr.Port(), Addr: specified(m.Addr), Zone: m.Zone, Ephemeral: m.Ephemeral, Reach: m.Origin}
+}
+
+// specified returns ap unless its address is one that only listeners use.
+func specified(ap netip.AddrPort) netip.AddrPort {
+	if !ap.IsValid() || ap.Addr().IsUnspecified() {
+		return netip.AddrPort{}
+	}
+	return ap
+}
+
+// call posts one message to a member and decodes the answer. It fails when
+// somebody else answers at the member's address.
+func (c *Cluster) call(ctx context.Context, m Member, path string, msg, answer any) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	body, err := json.Marshal(msg)
 	if err != nil {
-		return from, err
+		return 0, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+addr+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+m.Addr.String()+path, bytes.NewReader(body))
 	if err != nil {
-		return from, err
+		return 0, err
 	}
 	req.Header.Set("Content-Type", "application/json")
+	begun := time.Now()
 	resp, err := c.client.Do(req)
 	if err != nil {
-		return from, err
+		return 0, err
 	}
 	defer resp.Body.Close()
+	if err := c.is(m, resp); err != nil {
+		return 0, err
+	}
 	if resp.StatusCode != http.StatusOK {
-		return from, fmt.Errorf("%s answered %s", addr, resp.Status)
+		why, _ := io.ReadAll(io.LimitReader(resp.Body, 200))
+		return 0, fmt.Errorf("%s answered %s: %s", m.Addr, resp.Status, bytes.TrimSpace(why))
 	}
-	if from.ID, err = c.o.PeerID(*resp.TLS); err != nil {
-		return from, err
-	}
-	if from.Addr, err = resolved(ctx, addr); err != nil {
-		return from, err
-	}
-	return from, decode(resp.Body, answer)
+	in := &counter{r: resp.Body}
+	err = decode(in, answer)
+	c.calls.add(path, len(body), in.n)
+	return time.Since(begun), err
 }
 
-// resolved returns addr, host or address and port, as an address and port.
-func resolved(ctx context.Context, addr string) (netip.AddrPort, error) {
-	if ap, err := netip.ParseAddrPort(addr); err == nil {
-		return ap, nil
-	}
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	return netip.AddrPortFrom(ips[0].Unmap(), uint16(n)), nil
-}
-
-// Said is one member's answer to an announcement.
-type Said struct {
-	Member
-	Announcement
-}
-
-// Announce tells every live member of this node's part in a blob and returns
-// what those that answered said of theirs, Absent ones left out.
-func (c *Cluster) Announce(ctx context.Context, a Announcement) []Said {
-	members := c.Members()
-	said := make([]Said, len(members))
-	var g errgroup.Group
-	g.SetLimit(parallelCalls)
-	for i, m := range members {
-		g.Go(func() error {
-			var answer Announcement
-			from, err := c.call(ctx, m.Addr.String(), "/quay/v1/announce", announce{c.o.Port, c.o.Advertise, a}, &answer)
-			switch {
-			case err == nil && from.ID != m.ID:
-				c.saw(from) // another node at that address by now
-			case err == nil:
-				err = answer.validate()
-			}
-			if err != nil {
-				if ctx.Err() == nil {
-					c.o.Log.Debug("peer does not answer", "node", m.ID, "err", err)
-					c.lost(m.ID)
-				}
-				return nil
-			}
-			c.saw(from)
-			if answer.Digest == a.Digest && (answer.Absent || answer.Size == a.Size) {
-				said[i] = Said{from, answer}
-			}
-			return nil
-		})
-	}
-	_ = g.Wait()
-	return slices.DeleteFunc(said, func(s Said) bool { return s.ID == "" || s.Absent })
-}
-
-// announce is the message of an announcement: it is a hello as well.
-type announce struct {
-	Port uint16         `json:"port,omitempty"`
-	Addr netip.AddrPort `json:"addr,omitzero"`
-	Announcement
-}
-
-// ReadAt reads len(p) bytes of a blob from a member; ErrNotHeld when it does not
-// hold them. With through set, a member that takes part in the blob gets them
-// from the registry first. ctx should bound it: the registry is the alternative.
-func (c *Cluster) ReadAt(ctx context.Context, m Member, d digest.Digest, p []byte, off int64, through bool) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+m.Addr.String()+"/quay/v1/blobs/"+string(d), nil)
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+int64(len(p))-1))
-	if through {
-		req.Header.Set(throughHeader, "1")
-	}
-	resp, err := c.client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
+// is checks who answered.
+func (c *Cluster) is(m Member, resp *http.Response) error {
 	switch id, err := c.o.PeerID(*resp.TLS); {
 	case err != nil:
 		return err
 	case id != m.ID:
 		return fmt.Errorf("%w: another node answers at %s", ErrNotHeld, m.Addr)
-	case resp.StatusCode == http.StatusNotFound, resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
-		return ErrNotHeld
-	case resp.StatusCode != http.StatusPartialContent:
-		return fmt.Errorf("%s answered %s", m.Addr, resp.Status)
-	}
-	if _, err := io.ReadFull(resp.Body, p); err != nil {
-		return fmt.Errorf("peer %s cut a read of %s: %w", m.Addr, d, err)
 	}
 	return nil
 }
+
+// Blobs returns how many blobs this node keeps the lists of.
+func (c *Cluster) Blobs() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.book.Len()
+}
+
+// Calls returns what was exchanged with members so far, ranged reads left out.
+func (c *Cluster) Calls() (sent, received int64) { return c.calls.sent.Load(), c.calls.received.Load() }

@@ -10,7 +10,7 @@ import (
 	"io"
 	"math"
 	"net/http"
-	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -26,25 +26,13 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // memory is a Holder with one blob.
 type memory struct {
-	mu    sync.Mutex
-	blob  []byte
-	have  int64
-	heard []Member
+	blob []byte
+	have int64
 }
 
 func (h *memory) digest() digest.Digest { return digest.FromBytes(h.blob) }
 
-func (h *memory) Announced(_ context.Context, from Member, a Announcement) Announcement {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.heard = append(h.heard, from)
-	if a.Digest != h.digest() {
-		return Announcement{Digest: a.Digest, Absent: true}
-	}
-	return Announcement{Digest: a.Digest, Size: int64(len(h.blob)), Have: h.have}
-}
-
-func (h *memory) ReadHeld(_ context.Context, w io.Writer, d digest.Digest, off, n int64, _ bool) error {
+func (h *memory) ReadHeld(_ context.Context, w io.Writer, _ func([]Statement), d digest.Digest, off, n int64, _ bool) error {
 	if d != h.digest() || off+n > h.have {
 		return ErrNotHeld
 	}
@@ -52,8 +40,54 @@ func (h *memory) ReadHeld(_ context.Context, w io.Writer, d digest.Digest, off, 
 	return err
 }
 
-// node starts a member on loopback that knows the given peers.
-func node(t *testing.T, s trust.Secret, h Holder, peers ...string) (*Cluster, string) {
+func (h *memory) Statements(context.Context, digest.Digest, int64, []int) []Statement { return nil }
+
+func (h *memory) Complete() []Hold {
+	if len(h.blob) == 0 || h.have < int64(len(h.blob)) {
+		return nil
+	}
+	return []Hold{{h.digest(), int64(len(h.blob))}}
+}
+
+// list is a Membership that a test sets.
+type list struct {
+	mu      sync.Mutex
+	self    Member
+	members []Member
+	changed chan struct{}
+}
+
+func (l *list) Self() Member { return l.self }
+
+func (l *list) Members() []Member {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.members
+}
+
+func (l *list) Changed() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.changed
+}
+
+func (l *list) set(ms []Member) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.members = slices.DeleteFunc(slices.Clone(ms), func(m Member) bool { return m.ID == l.self.ID })
+	slices.SortFunc(l.members, func(a, b Member) int { return compareIDs(a.ID, b.ID) })
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// node is a member on loopback.
+type node struct {
+	*Cluster
+	list *list
+	stop func()
+}
+
+func newNode(t *testing.T, s trust.Secret, h Holder) *node {
 	t.Helper()
 	id, err := s.Identity()
 	if err != nil {
@@ -63,20 +97,31 @@ func node(t *testing.T, s trust.Secret, h Holder, peers ...string) (*Cluster, st
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := New(Options{
-		ID: id.ID(), PeerID: trust.PeerID, Client: id.Client(trust.ProtoHTTP1),
-		Port: l.Addr().Port(), Peers: peers, Holder: h,
-	})
+	ms := &list{self: Member{ID: id.ID(), Addr: l.Addr(), Origin: true}, changed: make(chan struct{})}
+	c := New(Options{Membership: ms, PeerID: trust.PeerID, Client: id.Client(trust.ProtoHTTP1), Holder: h})
 	srv := &http.Server{Handler: c.Handler()}
 	served := make(chan struct{})
 	go func() { defer close(served); _ = srv.Serve(l.HTTP()) }()
-	t.Cleanup(func() {
+	n := &node{Cluster: c, list: ms}
+	n.stop = sync.OnceFunc(func() {
 		c.Close()
 		_ = srv.Close()
 		_ = l.Close()
 		<-served
 	})
-	return c, l.Addr().String()
+	t.Cleanup(n.stop)
+	return n
+}
+
+// meet makes nodes know each other.
+func meet(nodes ...*node) {
+	var ms []Member
+	for _, n := range nodes {
+		ms = append(ms, n.list.self)
+	}
+	for _, n := range nodes {
+		n.list.set(ms)
+	}
 }
 
 func eventually(t *testing.T, what string, f func() bool) {
@@ -90,89 +135,152 @@ func eventually(t *testing.T, what string, f func() bool) {
 	}
 }
 
-// One address is enough for every node to find every other.
-func TestMembershipSpreads(t *testing.T) {
-	s := trust.NewSecret()
-	a, addr := node(t, s, &memory{})
-	b, _ := node(t, s, &memory{}, addr)
-	c, _ := node(t, s, &memory{}, addr)
-	for _, n := range []*Cluster{a, b, c} {
-		eventually(t, "two members each", func() bool { return len(n.Members()) == 2 })
-	}
-}
-
-// A stranger learns nothing and is not learned of.
-func TestOtherSecretIsNoMember(t *testing.T) {
-	a, addr := node(t, trust.NewSecret(), &memory{})
-	b, _ := node(t, trust.NewSecret(), &memory{}, addr)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	b.Ready(ctx)
-	if got := append(a.Members(), b.Members()...); len(got) != 0 {
-		t.Fatalf("members across secrets: %v", got)
-	}
-	err := b.ReadAt(ctx, Member{ID: a.ID(), Addr: netip.MustParseAddrPort(addr)}, digest.FromString("x"), make([]byte, 1), 0, false)
+// A stranger learns nothing.
+func TestOtherSecretGetsNothing(t *testing.T) {
+	h := &memory{blob: make([]byte, 1000), have: 1000}
+	a := newNode(t, trust.NewSecret(), h)
+	b := newNode(t, trust.NewSecret(), &memory{})
+	meet(a, b)
+	_, err := b.ReadAt(t.Context(), a.list.self, h.digest(), make([]byte, 1), 0, ReadOptions{})
 	if err == nil || errors.Is(err, ErrNotHeld) {
 		t.Fatalf("a stranger got an answer: %v", err)
 	}
+	if _, err := b.Statements(t.Context(), a.list.self, h.digest(), 1000, []int{0}); err == nil {
+		t.Fatal("a stranger got a piece table")
+	}
+	ans, err := b.Announce(t.Context(), Announcement{Digest: h.digest(), Size: 1000, Active: true, Registry: true, Want: 1})
+	if err != nil || len(ans.Peers) != 0 {
+		t.Fatalf("a stranger was named %v: %v", ans.Peers, err)
+	}
 }
 
-func TestAnnounceAndRead(t *testing.T) {
+// Whoever asks, the same node keeps a blob's list; it names those that take part
+// to each other and lends each segment once.
+func TestAnnounce(t *testing.T) {
+	s := trust.NewSecret()
+	var nodes []*node
+	for range 4 {
+		nodes = append(nodes, newNode(t, s, &memory{}))
+	}
+	meet(nodes...)
+	a := Announcement{Digest: digest.FromString("x"), Size: 16 * SegmentSize, Active: true, Registry: true, Want: 3}
+	lent := map[int]string{}
+	for _, n := range nodes {
+		ans, err := n.Announce(t.Context(), a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range ans.Granted {
+			if lent[s] != "" {
+				t.Errorf("segment %d is lent to %s and %s", s, lent[s], n.ID())
+			}
+			lent[s] = n.ID()
+		}
+	}
+	if len(lent) != 4*grantShared {
+		t.Errorf("%d segments lent", len(lent))
+	}
+	ans, err := nodes[0].Announce(t.Context(), a)
+	if err != nil || len(ans.Peers) != 3 || len(ans.Owners) != 4 || ans.Nodes != 4 {
+		t.Fatalf("%d peers, %d owners, %d nodes: %v", len(ans.Peers), len(ans.Owners), ans.Nodes, err)
+	}
+}
+
+// When the keeper goes away the next in rank takes over, and learns from those
+// that announce themselves what is out.
+func TestKeeperDies(t *testing.T) {
+	s := trust.NewSecret()
+	var nodes []*node
+	for range 4 {
+		nodes = append(nodes, newNode(t, s, &memory{}))
+	}
+	meet(nodes...)
+	d := digest.FromString("x")
+	keeper := nodes[0].Keeper(d)
+	var rest []*node
+	for _, n := range nodes {
+		if n.ID() == keeper.ID {
+			n.stop()
+		} else {
+			rest = append(rest, n)
+		}
+	}
+	meet(rest...) // membership notices
+	a := Announcement{Digest: d, Size: 16 * SegmentSize, Active: true, Registry: true, Claimed: NewBitmap(16)}
+	a.Claimed.Set(0)
+	if _, err := rest[0].Announce(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	b := Announcement{Digest: d, Size: 16 * SegmentSize, Active: true, Registry: true, Want: 3}
+	eventually(t, "segments are lent by the next keeper", func() bool {
+		ans, err := rest[1].Announce(t.Context(), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains(ans.Granted, 0) {
+			t.Fatal("a segment that is out was lent again")
+		}
+		return len(ans.Granted) > 0 && len(ans.Peers) == 1
+	})
+}
+
+// A keeper hears of complete blobs, and names who holds them.
+func TestHoldersAreNamed(t *testing.T) {
 	s := trust.NewSecret()
 	h := &memory{blob: make([]byte, 1<<20)}
 	_, _ = rand.Read(h.blob)
-	h.have = 1 << 19
-	_, addr := node(t, s, h)
-	b, _ := node(t, s, &memory{}, addr)
-	eventually(t, "a member", func() bool { return len(b.Members()) == 1 })
-
-	said := b.Announce(t.Context(), Announcement{Digest: h.digest(), Size: int64(len(h.blob))})
-	if len(said) != 1 || said[0].Have != h.have {
-		t.Fatalf("answers: %+v", said)
-	}
-	if said := b.Announce(t.Context(), Announcement{Digest: digest.FromString("other")}); len(said) != 0 {
-		t.Fatalf("absent blobs are not answers: %+v", said)
+	h.have = 1 << 20
+	a, b, c := newNode(t, s, h), newNode(t, s, &memory{}), newNode(t, s, &memory{})
+	meet(a, b, c)
+	var ans Reply
+	eventually(t, "the holder is named", func() bool {
+		var err error
+		if ans, err = b.Announce(t.Context(), Announcement{Digest: h.digest(), Size: 1 << 20, Active: true, Registry: true, Want: 2}); err != nil {
+			t.Fatal(err)
+		}
+		return len(ans.Peers) == 1
+	})
+	if p := ans.Peers[0]; p.ID != a.ID() || !p.Complete() || len(ans.Granted) != 0 {
+		t.Fatalf("%+v", ans)
 	}
 	p := make([]byte, 4096)
-	if err := b.ReadAt(t.Context(), said[0].Member, h.digest(), p, 8192, false); err != nil {
-		t.Fatal(err)
+	if _, err := b.ReadAt(t.Context(), ans.Peers[0].Member, h.digest(), p, 8192, ReadOptions{}); err != nil || !bytes.Equal(p, h.blob[8192:8192+4096]) {
+		t.Fatal("other bytes", err)
 	}
-	if !bytes.Equal(p, h.blob[8192:8192+4096]) {
-		t.Fatal("other bytes")
-	}
-	if err := b.ReadAt(t.Context(), said[0].Member, h.digest(), p, h.have, false); !errors.Is(err, ErrNotHeld) {
+	if _, err := b.ReadAt(t.Context(), c.list.self, h.digest(), p, 0, ReadOptions{}); !errors.Is(err, ErrNotHeld) {
 		t.Fatalf("reading what is not held: %v", err)
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if len(h.heard) == 0 || h.heard[0].ID != b.ID() {
-		t.Fatalf("the sender is %v, want %s", h.heard, b.ID())
 	}
 }
 
-// A member that goes away is not counted on after it failed to answer.
-func TestMemberThatDoesNotAnswerIsDropped(t *testing.T) {
+func TestStatements(t *testing.T) {
 	s := trust.NewSecret()
-	id, _ := s.Identity()
-	l, err := trust.Listen("127.0.0.1", trust.PortRange{}, id)
+	id, err := s.Identity()
 	if err != nil {
 		t.Fatal(err)
 	}
-	gone := New(Options{ID: id.ID(), PeerID: trust.PeerID, Client: id.Client(trust.ProtoHTTP1), Port: l.Addr().Port(), Holder: &memory{}})
-	srv := &http.Server{Handler: gone.Handler()}
-	served := make(chan struct{})
-	go func() { defer close(served); _ = srv.Serve(l.HTTP()) }()
-	b, _ := node(t, s, &memory{}, l.Addr().String())
-	eventually(t, "a member", func() bool { return len(b.Members()) == 1 })
-	gone.Close()
-	_ = srv.Close()
-	_ = l.Close()
-	<-served
-	if said := b.Announce(t.Context(), Announcement{Digest: digest.FromString("x")}); len(said) != 0 {
-		t.Fatalf("answer from the dead: %v", said)
+	d := digest.FromString("x")
+	st := Sign(id, d, 1<<20, []int{0, 2}, []PieceSum{{1}, {2}})
+	raw := statementsFor([]Statement{st})
+	said, err := statementsIn(raw)
+	if err != nil || len(said) != 1 || !said[0].Verify(d, 1<<20) || said[0].By != id.ID() || said[0].Sums[1] != (PieceSum{2}) {
+		t.Fatalf("%+v: %v", said, err)
 	}
-	if m := b.Members(); len(m) != 0 {
-		t.Fatalf("members: %v", m)
+	for name, change := range map[string]func(*Statement){
+		"sum":    func(s *Statement) { s.Raw[0]++ },
+		"piece":  func(s *Statement) { s.Pieces[0] = 1 },
+		"signer": func(s *Statement) { s.By = strings.Repeat("0", 32) },
+		"key":    func(s *Statement) { s.Key[3]++ },
+	} {
+		t.Run(name, func(t *testing.T) {
+			said, _ := statementsIn(raw)
+			change(&said[0])
+			if said[0].Verify(d, 1<<20) {
+				t.Fatal("a changed statement is believed")
+			}
+		})
+	}
+	if said[0].Verify(digest.FromString("y"), 1<<20) {
+		t.Fatal("a statement about another blob is believed")
 	}
 }
 
@@ -209,8 +317,6 @@ func TestRank(t *testing.T) {
 
 func TestHostileMessages(t *testing.T) {
 	h := &memory{blob: []byte("x")}
-	_, addr := node(t, trust.NewSecret(), h)
-	_ = addr
 	for name, body := range map[string]string{
 		"no JSON":         "}",
 		"no digest":       `{"size":1}`,
@@ -222,7 +328,7 @@ func TestHostileMessages(t *testing.T) {
 		"path for digest": `{"digest":"sha256:../../../../etc/passwd","size":1}`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			var a announce
+			var a Announcement
 			err := decode(strings.NewReader(body), &a)
 			if err == nil {
 				err = a.validate()
@@ -239,7 +345,7 @@ func FuzzAnnouncement(f *testing.F) {
 	f.Add(good)
 	f.Add([]byte(`{"digest":"sha256:00","size":1e99}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var a announce
+		var a Announcement
 		if decode(bytes.NewReader(b), &a) != nil || a.validate() != nil {
 			return
 		}

@@ -1,31 +1,42 @@
-// Package cluster knows the other nodes of the trust domain: which of them
-// answer, who of them takes part in the fetch of a blob, and which of them
-// asks the registry for which part of it.
+// Package cluster knows who of the trust domain holds or fetches a blob, decides
+// which node asks the registry for which part of it, and carries the calls
+// between members.
 //
-// # Membership
+// # Keepers
 //
-// A node is told a few addresses (--peer). It says hello to each, over mutual
-// TLS with the cluster's identity, and the answer names the other members that
-// node knows, so that one address is enough to find all. A member that has not
-// answered for MemberTTL is no longer a member. Nothing is elected and nothing
-// is written down: a node that restarts says hello again.
+// Who is a member is another package's knowledge ([Membership], package gossip).
+// For each digest [Keepers] ranks the members by rendezvous hashing; every node
+// computes the same from the same members. The first is the blob's keeper: nodes
+// that fetch or hold the blob tell it ([Cluster.Announce]), and are told of
+// others. The second hears of complete blobs as well. When a keeper does not
+// answer, the next in rank is asked; what the old one knew is told again by the
+// nodes themselves, so nothing is written down and nothing is elected. A keeper
+// that knows a better one says so once.
 //
-// # Swarms
+// # Leases
 //
-// A node that starts to fetch a blob announces that to every live member and
-// gets back what each of them knows of its own part in that blob: nothing, a
-// share of it, or all. The order is fixed: a node is ready to answer for a blob
-// before it announces it, so that of two nodes that start at the same instant
-// at least one learns of the other before either asks the registry.
+// A blob is cut into segments of SegmentSize bytes. A node that could take one
+// asks its keeper, which lends each segment to one node, lowest first ([Book]).
+// Leases end when the node holds the segment, gives it up, falls silent or
+// stalls; one that takes much longer than usual is lent to a second node. A fast
+// node so takes more of the work and a slow one less. While somebody holds all of
+// the blob nothing is lent, unless what peers hold does not come.
 //
-// # Shares
+// The order at the start is fixed: a node answers for a blob before it tells the
+// keeper of it, since from then on others may come.
 //
-// A blob is cut into segments of SegmentSize bytes. Rendezvous hashing over the
-// nodes that take part names an owner for each segment; every node computes the
-// same owners from the same members, and a member that leaves changes only the
-// owners of its own segments. What a node already fetches or holds (its claims)
-// outranks the hash, so that a node that joins late moves no work.
+// # Piece tables
+//
+// A [Statement] is what one node signed of the content of some pieces. It can be
+// passed on by anybody and changed by nobody, and proves who lied when the
+// blob's digest shows that it was false.
+//
+// # What it does not do
 //
 // The package moves no blob data except for ranged reads of pieces that a node
-// already holds, and it knows nothing of registries, disks or BitTorrent.
+// holds or reads through, and it knows nothing of disks or BitTorrent. What is
+// done for members without a way to a registry is behind [Errands].
+//
+// Book, Keepers, Pace, StandIn and InTurn do no input and output and have no
+// clock of their own; a simulation runs them with ten thousand nodes.
 package cluster

@@ -49,7 +49,10 @@ type Options struct {
 	// Allow refuses a request by an error, which is told to the client; nil
 	// allows all.
 	Allow func(*http.Request) error
-	Log   *slog.Logger
+	// Offline has tags taken, when neither the registry nor a member that reaches
+	// it answers, as members saw them last.
+	Offline bool
+	Log     *slog.Logger
 }
 
 // Handler serves /v2/. It is safe for concurrent use.
@@ -184,7 +187,7 @@ func (h *Handler) manifest(w http.ResponseWriter, r *http.Request, named referen
 	if err != nil {
 		return err
 	}
-	desc, body, err := h.o.Fetcher.Manifest(r.Context(), ref, fetcher.ImageOptions{Origin: h.o.Origin(host)})
+	desc, body, err := h.o.Fetcher.Manifest(r.Context(), ref, fetcher.ImageOptions{Origin: h.o.Origin(host), Offline: h.o.Offline})
 	if err != nil {
 		return err
 	}
@@ -240,7 +243,10 @@ func (h *Handler) descriptor(ctx context.Context, named reference.Named, host st
 	if err != nil {
 		return desc, err
 	}
-	desc, err = repo.Stat(ctx, d)
+	err = fmt.Errorf("the size of %s@%s: %w to this node", named, d, origin.ErrUnavailable)
+	if !h.o.Fetcher.Away(named) {
+		desc, err = repo.Stat(ctx, d)
+	}
 	if errors.Is(err, origin.ErrUnavailable) {
 		if info, serr := h.o.Fetcher.Store().Stat(d); serr == nil {
 			return ocispec.Descriptor{Digest: d, Size: info.Size}, nil
@@ -282,7 +288,7 @@ func (h *Handler) blob(w http.ResponseWriter, r *http.Request, named reference.N
 		w.WriteHeader(status)
 		return nil
 	}
-	b, err := h.o.Fetcher.Blob(r.Context(), named, desc, fetcher.BlobOptions{Origin: repo})
+	b, err := h.o.Fetcher.Layer(r.Context(), named, desc, fetcher.Way{Repository: repo, Client: h.o.Origin(host), Remote: h.o.Fetcher.Away(named)})
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/anacrolix/torrent"
@@ -26,16 +27,24 @@ func (d dialer) DialerNetwork() string { return "tcp" }
 
 func (d dialer) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	s := d.s
+	s.mu.Lock()
+	full := s.fullLocked()
+	s.mu.Unlock()
+	if full {
+		return nil, errFull
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
 	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 	if err != nil {
+		s.unlearn(addr)
 		return nil, err
 	}
 	tc := tls.Client(raw, s.tls)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		raw.Close()
+		s.unlearn(addr)
 		if trust.Foreign(err) {
 			s.warnForeign(addr, err)
 		}
@@ -60,7 +69,21 @@ func (d dialer) Dial(ctx context.Context, addr string) (net.Conn, error) {
 func (s *Swarm) learn(ap netip.AddrPort, id torrent.PeerID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if _, known := s.nodes[ap]; !known && len(s.nodes) >= maxNodes {
+		clear(s.nodes)
+	}
 	s.nodes[ap] = id
+}
+
+// unlearn forgets who answered at an address: nobody does now.
+func (s *Swarm) unlearn(addr string) {
+	ap, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.nodes, ap)
 }
 
 // nodeAt is who answered at an address when it was last dialled.
@@ -138,6 +161,10 @@ type conn struct {
 	// handshake holds what was read of the peer's BitTorrent handshake; nil when it has been checked. It is used by one
 	// reader at a time.
 	handshake []byte
+
+	torrent atomic.Pointer[Torrent] // that it is for, from the handshake on
+	// What was read, in bytes; how long reads waited for the peer, in nanoseconds; and since when one does now, 0 when none.
+	got, waited, waiting atomic.Int64
 }
 
 // newConn wraps a connection whose TLS handshake is done. The caller closes tc on error.
@@ -156,6 +183,9 @@ func (s *Swarm) newConn(tc *tls.Conn) (*conn, error) {
 	if s.closed {
 		return nil, ErrClosed
 	}
+	if s.fullLocked() {
+		return nil, errFull
+	}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	s.conns[c] = struct{}{}
 	return c, nil
@@ -169,7 +199,7 @@ const (
 )
 
 func (c *conn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
+	n, err := c.receive(p)
 	if c.handshake != nil && n > 0 {
 		c.handshake = append(c.handshake, p[:min(n, handshakeSize-len(c.handshake))]...)
 		if len(c.handshake) == handshakeSize {
@@ -194,9 +224,15 @@ func (c *conn) check(h []byte) error {
 	if torrent.PeerID(h[handshakePeer:]) != c.peer {
 		return fmt.Errorf("node %s calls itself another peer", nodeOf(c.peer))
 	}
-	if t := c.s.torrent(metainfo.Hash(h[handshakeHash:handshakePeer])); t != nil && t.isBanned(c.peer) {
+	hash := metainfo.Hash(h[handshakeHash:handshakePeer])
+	t := c.s.torrent(hash)
+	if t == nil && c.s.ask != nil && c.s.ask(hash) {
+		t = c.s.torrent(hash)
+	}
+	if t != nil && t.isBanned(c.peer) {
 		return fmt.Errorf("node %s is banned from %s", nodeOf(c.peer), t.digest)
 	}
+	c.torrent.Store(t)
 	return nil
 }
 

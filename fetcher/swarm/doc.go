@@ -28,7 +28,8 @@
 // Peers are addresses ([Torrent.AddPeers]) until they are connected, and node IDs (trust.PeerID) from then on. The
 // peer ID of the BitTorrent handshake carries the node ID, and a connection on which it differs from the TLS identity
 // is cut, so a node ID in [Stats], MarkPiece or [Torrent.Ban] is proven. An incomplete torrent tries those of its peers that are
-// not connected about once a second, since a peer refuses connections for a torrent that it has not been given yet.
+// not connected about once a second, since a peer refuses connections for a torrent that it has not been given yet; an
+// address at which no peer is found is tried more and more rarely, down to twice a minute.
 //
 // # Locks
 //

@@ -23,6 +23,7 @@ func (t *Torrent) run() {
 	defer retry.Stop()
 	lure := -1      // the piece wanted only to be let connect; -1 when none
 	paused := false // downloads are off
+	var progress progress
 	due := true
 	for {
 		t.settle()
@@ -44,6 +45,8 @@ func (t *Torrent) run() {
 			retry.Stop()
 		case due:
 			t.resync()
+			t.shunSilent(time.Now())
+			progress.nudge(t, time.Now())
 			lure = t.connect(lure)
 			retry.Reset(retryPeers*3/4 + rand.N(retryPeers/2))
 		case fresh || lure >= 0:
@@ -132,17 +135,26 @@ func (t *Torrent) connect(lure int) int {
 		connected[pc.PeerID] = true
 	}
 
+	now := time.Now()
+	missing := 0
 	t.mu.Lock()
 	infos := make([]torrent.PeerInfo, 0, len(t.peers))
-	for ap, addr := range t.peers {
-		if id, known := t.s.nodeAt(ap); known && (id == t.s.self || connected[id] || t.banned[id]) {
+	for ap, a := range t.peers {
+		id, known := t.s.nodeAt(ap)
+		if known && (id == t.s.self || connected[id] || t.banned[id] || t.shunned(id)) {
+			a.tries, a.next = 0, time.Time{}
 			continue
 		}
-		infos = append(infos, torrent.PeerInfo{Addr: addr, Source: torrent.PeerSourceDirect, Trusted: true})
+		// A member that answers there only does not know the blob yet.
+		if missing++; !known && now.Before(a.next) {
+			continue
+		}
+		a.tried(now)
+		infos = append(infos, torrent.PeerInfo{Addr: a.addr, Source: torrent.PeerSourceDirect, Trusted: true})
 	}
 	// The library dials for a torrent that wants something, or that has something and seeds.
 	idle := len(t.wanted) == 0 && !(t.s.seed && t.missing < t.pieces)
-	need := idle && len(conns) == 0 && len(infos) > 0
+	need := idle && len(conns) == 0 && missing > 0
 	next := lure
 	switch {
 	case need && (lure < 0 || t.held[lure]):

@@ -12,8 +12,9 @@ import (
 )
 
 const (
-	// chunkSize is what one request asks for, in bytes: the library's default, which every client accepts.
-	chunkSize = 16 << 10
+	// chunkSize is what one request asks for, in bytes. All peers here are nodes of the cluster, so it need not be the 16 KiB
+	// that every client accepts: with 128 KiB eight nodes spent a quarter less CPU on the same bytes.
+	chunkSize = 128 << 10
 
 	// dialTimeout bounds TCP connect plus TLS handshake. Nodes of a cluster are near; with the library's 20 s a dead peer would
 	// hold one of the half-open places for as long.
@@ -27,9 +28,24 @@ const (
 	// not keep dialling each other at the same moment.
 	retryPeers = time.Second
 
+	// retryKeep is how many tries in a row are retryPeers apart: in the first seconds of a flash crowd a peer may not have the
+	// torrent yet. Then each pause is twice the one before, up to retryMost, until the peer is connected: an address at which
+	// nobody answers, or a stranger that somebody advertised, gets two packets a minute from a node and not sixty.
+	retryKeep = 3
+	retryMost = 30 * time.Second
+
+	// maxPeers bounds the addresses that one torrent keeps; a new one takes the place of the one that failed most often.
+	maxPeers = 256
+
+	// maxNodes bounds the addresses of which is remembered who answered; it is learnt again by dialling.
+	maxNodes = 1 << 14
+
 	// retryStorage is how long a torrent does not download after its storage failed: long enough not to fetch the same
 	// bytes in a loop while a disk is full, short enough that freeing space helps at once.
 	retryStorage = 5 * time.Second
+
+	// pieceHashers is how many pieces of one torrent are marked side by side.
+	pieceHashers = 8
 
 	// closeTimeout bounds Close when a Storage method does not return (a dead disk).
 	closeTimeout = 10 * time.Second
@@ -57,6 +73,10 @@ func (s *Swarm) libraryConfig(o Options) *torrent.ClientConfig {
 	// without it 11.6–12.0 s (bound 10.7 s). Our pieces are marked as soon as they are whole anyway.
 	c.MaxUnverifiedBytes = 0
 
+	// A Storage may wait for what a piece is to be checked against; with the default of 2 such pieces would keep others
+	// from being marked.
+	c.PieceHashersPerTorrent = pieceHashers
+
 	// Upload whether or not the other side gives anything back: a cluster is not a market. Not seeding is NoUpload: with
 	// Seed off alone the library would still upload in exchange while it downloads.
 	c.Seed = o.Seed
@@ -72,6 +92,10 @@ func (s *Swarm) libraryConfig(o Options) *torrent.ClientConfig {
 	// Not limited: the default of 10 dials a second would take half a minute for 30 layers and 10 peers. The
 	// library's bound on half-open connections (25 per torrent, 100 in all) remains.
 	c.DialRateLimiter = rate.NewLimiter(rate.Inf, 0)
+	if n := o.ConnectionsPerTorrent; n > 0 {
+		c.EstablishedConnsPerTorrent = n
+		c.HalfOpenConnsPerTorrent = min(c.HalfOpenConnsPerTorrent, n)
+	}
 	c.NominalDialTimeout = dialTimeout
 	c.HandshakesTimeout = protocolTimeout
 
@@ -95,6 +119,8 @@ func (s *Swarm) libraryConfig(o Options) *torrent.ClientConfig {
 
 	c.Slogger = slog.New(quietHandler{s.log.Handler()})
 	c.Callbacks.PeerConnAdded = append(c.Callbacks.PeerConnAdded, s.onPeer)
+	c.Callbacks.SentRequest = append(c.Callbacks.SentRequest, func(e torrent.PeerRequestEvent) { s.requested(e, 1) })
+	c.Callbacks.DeletedRequest = append(c.Callbacks.DeletedRequest, func(e torrent.PeerRequestEvent) { s.requested(e, -1) })
 	c.Callbacks.ReceivedUsefulData = append(c.Callbacks.ReceivedUsefulData, s.onData)
 	return c
 }

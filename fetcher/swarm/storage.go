@@ -90,6 +90,8 @@ func (p piece) SelfHash() (metainfo.Hash, error) {
 				t.Ban(nodeOf(peers[0].peer))
 			}
 			return metainfo.Hash{}, err
+		case errors.Is(err, ErrPutOff):
+			return metainfo.Hash{}, err
 		case err != nil:
 			t.fail(err)
 			return metainfo.Hash{}, err

@@ -26,6 +26,12 @@ var (
 	ErrExists = errors.New("the blob is in the swarm already")
 	// ErrBadPiece is what a Storage wraps when MarkPiece refuses a piece for its content; see the package comment.
 	ErrBadPiece = errors.New("the piece has the wrong content")
+	// ErrPutOff is what a Storage wraps when MarkPiece refuses a piece without a fault of who supplied it: it is fetched
+	// again, from anybody.
+	ErrPutOff = errors.New("the piece is not taken now")
+
+	// errFull is why a connection is neither dialled nor kept.
+	errFull = errors.New("this node has as many connections as it may")
 )
 
 // Storage is where a torrent's pieces are. Offsets are within the blob. All methods must be safe for concurrent use.
@@ -53,8 +59,14 @@ type Options struct {
 	// within TLS (down) per second; nil for no limit. They may be shared and changed while in use. An UploadLimit with a
 	// burst below 16 KiB is given one of 16 KiB.
 	UploadLimit, DownloadLimit *rate.Limiter
+	// Connections bounds those of all torrents together, in both directions; those beyond it are not dialled, and closed when
+	// they come in. ConnectionsPerTorrent bounds those of one blob. 0: no bound of all, the library's 50 for one.
+	Connections, ConnectionsPerTorrent int
 	// Seed lets peers download from this node. Without it not a byte of content is uploaded, at any time.
 	Seed bool
+	// Unknown is asked when a member connects for an infohash that is not in the swarm: it may Add the blob and return
+	// true. It runs on the connection's goroutine and must be quick. Nil: such connections are refused.
+	Unknown func(metainfo.Hash) bool
 	// Log receives a warning per peer that is not of the cluster, and the library's warnings at level Debug. Nil: no log.
 	Log *slog.Logger
 }
@@ -65,7 +77,9 @@ type Swarm struct {
 	self torrent.PeerID
 	tls  *tls.Config
 	down *rate.Limiter
+	most int // connections; 0: no bound
 	seed bool
+	ask  func(metainfo.Hash) bool
 	log  *slog.Logger
 	lib  *torrent.Client
 	ln   net.Listener // nil when only dialling
@@ -94,7 +108,9 @@ func New(o Options) (*Swarm, error) {
 		id:       o.ID,
 		tls:      o.ID.Client(trust.ProtoSwarm),
 		down:     o.DownloadLimit,
+		most:     o.Connections,
 		seed:     o.Seed,
+		ask:      o.Unknown,
 		log:      o.Log,
 		ln:       o.Listener,
 		done:     make(chan struct{}),
@@ -203,6 +219,23 @@ func (s *Swarm) Close() error {
 	}
 	return err
 }
+
+// Connections is the number of open connections of all torrents.
+func (s *Swarm) Connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// Torrents is the number of blobs in the swarm.
+func (s *Swarm) Torrents() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.torrents)
+}
+
+// fullLocked reports whether there is no place for another connection.
+func (s *Swarm) fullLocked() bool { return s.most > 0 && len(s.conns) >= s.most }
 
 func (s *Swarm) openConns() []*conn {
 	s.mu.Lock()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
@@ -39,17 +40,18 @@ type Torrent struct {
 
 	// mu is taken under the library's lock too: the library is never called while it is held, and only s.mu taken.
 	mu        sync.Mutex
-	held      []bool                          // pieces held
-	missing   int                             // count of those that are not
-	wanted    map[int]bool                    // the caller's wishes
-	changed   map[int]bool                    // pieces whose completion the library is to look up
-	wishes    map[int]bool                    // priorities to set: wanted or not
-	lost      map[int]bool                    // pieces to look up once more at the next try of peers
-	suppliers map[int][]share                 // who gave what of pieces that are not whole yet
-	received  map[torrent.PeerID]int64        // bytes of use, ever
-	peers     map[netip.AddrPort]*net.TCPAddr // to keep connected to
-	newPeers  bool                            // peers were added since run last tried them
+	held      []bool                      // pieces held
+	missing   int                         // count of those that are not
+	wanted    map[int]bool                // the caller's wishes
+	changed   map[int]bool                // pieces whose completion the library is to look up
+	wishes    map[int]bool                // priorities to set: wanted or not
+	lost      map[int]bool                // pieces to look up once more at the next try of peers
+	suppliers map[int][]share             // who gave what of pieces that are not whole yet
+	received  map[torrent.PeerID]int64    // bytes of use, ever
+	peers     map[netip.AddrPort]*address // to keep connected to
+	newPeers  bool                        // peers were added since run last tried them
 	banned    map[torrent.PeerID]bool
+	asked     map[torrent.PeerID]*asked
 	err       error     // of the storage, last
 	failed    time.Time // when err was; zero when downloads are on
 }
@@ -73,8 +75,9 @@ func newTorrent(s *Swarm, h metainfo.Hash, d digest.Digest, size, pieceSize int6
 		lost:      make(map[int]bool),
 		suppliers: make(map[int][]share),
 		received:  make(map[torrent.PeerID]int64),
-		peers:     make(map[netip.AddrPort]*net.TCPAddr),
+		peers:     make(map[netip.AddrPort]*address),
 		banned:    make(map[torrent.PeerID]bool),
+		asked:     make(map[torrent.PeerID]*asked),
 	}
 	t.ctx, t.cancel = context.WithCancel(s.ctx)
 	for i := range n {
@@ -168,7 +171,10 @@ func (t *Torrent) AddPeers(addrs []netip.AddrPort) {
 		if !ap.IsValid() || ap.Port() == 0 || ap.Addr().IsUnspecified() || t.peers[ap] != nil {
 			continue
 		}
-		t.peers[ap] = net.TCPAddrFromAddrPort(ap)
+		if len(t.peers) >= maxPeers && !t.dropPeer() {
+			break
+		}
+		t.peers[ap] = &address{addr: net.TCPAddrFromAddrPort(ap)}
 		added = true
 	}
 	t.newPeers = t.newPeers || added
@@ -176,6 +182,37 @@ func (t *Torrent) AddPeers(addrs []netip.AddrPort) {
 	if added {
 		t.wake()
 	}
+}
+
+// address is where a peer may be.
+type address struct {
+	addr  *net.TCPAddr
+	tries int       // in a row without a connection
+	next  time.Time // when to try again
+}
+
+// tried notes a try. The first ones are as far apart as run's looks, see retryPeers; the pauses after them, up to a fifth shorter
+// than they are meant to be, are taken here.
+func (a *address) tried(now time.Time) {
+	if a.tries++; a.tries < retryKeep {
+		a.next = now.Add(retryPeers / 2)
+		return
+	}
+	wait := min(retryPeers<<min(a.tries-retryKeep+1, 10), retryMost)
+	a.next = now.Add(wait - rand.N(wait/5))
+}
+
+// dropPeer forgets the address that failed most often, to make room; false when none failed for long. Needs mu.
+func (t *Torrent) dropPeer() bool {
+	var worst netip.AddrPort
+	most := retryKeep
+	for ap, a := range t.peers {
+		if a.tries > most {
+			worst, most = ap, a.tries
+		}
+	}
+	delete(t.peers, worst)
+	return worst.IsValid()
 }
 
 // Ban closes the connections to a peer, by node ID, for this blob, and has none with it any more.
@@ -194,10 +231,22 @@ func (t *Torrent) Ban(peer string) {
 	}
 }
 
+// Unban takes Ban back.
+func (t *Torrent) Unban(peer string) {
+	id, err := peerIDOf(peer)
+	if err != nil {
+		return
+	}
+	t.mu.Lock()
+	delete(t.banned, id)
+	t.mu.Unlock()
+	t.wake()
+}
+
 func (t *Torrent) isBanned(id torrent.PeerID) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.banned[id]
+	return t.banned[id] || t.shunned(id)
 }
 
 // Availability is the number of connected peers that hold each piece. It costs microseconds per peer.
@@ -212,6 +261,20 @@ func (t *Torrent) Availability() []uint16 {
 		})
 	}
 	return n
+}
+
+// Holders names up to limit connected peers, by node ID, that hold piece i.
+func (t *Torrent) Holders(i, limit int) []string {
+	var ids []string
+	for _, pc := range t.lib.PeerConns() {
+		if len(ids) >= limit {
+			break
+		}
+		if pc.PeerPieces().Contains(uint32(i)) {
+			ids = append(ids, nodeOf(pc.PeerID))
+		}
+	}
+	return ids
 }
 
 // Stats is what a torrent has done since it was added.

@@ -18,6 +18,9 @@ func main() {
 		os.Args = plugin.StandaloneArgs(os.Args)
 	}
 	dockerplugin.Run(func(dockerCLI command.Cli) *cobra.Command {
-		return plugin.New(dockerCLI, os.Args[0], plugin.Options{Version: fetcher.Version, Open: plugin.OpenImage, NodeVersion: plugin.NodeVersion})
+		return plugin.New(dockerCLI, os.Args[0], plugin.Options{
+			Version: fetcher.Version, Open: plugin.OpenImage, NodeVersion: plugin.NodeVersion, Stranger: plugin.AskAsStranger,
+			Publish: plugin.StoreTorrents,
+		})
 	}, plugin.Metadata(os.Args[0], fetcher.Version))
 }

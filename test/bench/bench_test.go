@@ -2,8 +2,10 @@ package bench
 
 import (
 	"context"
+	"os"
 	"strings"
 	"testing"
+	"time"
 )
 
 // ballast is more than the programs measured in the tests need.
@@ -71,5 +73,76 @@ func TestTable(t *testing.T) {
 	}
 	if r.CPUs < 1 || r.Kernel == "" || r.Commit == "" {
 		t.Errorf("report about %d CPUs, kernel %q, commit %q", r.CPUs, r.Kernel, r.Commit)
+	}
+}
+
+func TestQuantile(t *testing.T) {
+	s := Series{}
+	for i := range 200 {
+		s = append(s, float64(200-i))
+	}
+	for _, c := range []struct{ q, want float64 }{{0, 1}, {0.5, 100}, {0.99, 198}, {1, 200}} {
+		if got := s.Quantile(c.q); got != c.want {
+			t.Errorf("quantile %v of 1 to 200 is %v, want %v", c.q, got, c.want)
+		}
+	}
+	if got := (Series{}).Quantile(0.5); got != 0 {
+		t.Errorf("quantile of nothing is %v", got)
+	}
+}
+
+// What /proc says of this process is what it does.
+func TestProcess(t *testing.T) {
+	pid := os.Getpid()
+	machine, err := MachineNow()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := CPUTime(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for begun := time.Now(); ; {
+		used, err := CPUTime(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if used -= before; used >= 100*time.Millisecond {
+			break
+		}
+		if time.Since(begun) > 10*time.Second {
+			t.Fatalf("a loop of 10 s used %v", used)
+		}
+	}
+	after, err := MachineNow()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if busy := after.Busy(machine); busy <= 0 || busy > 100 {
+		t.Errorf("the machine was %v %% busy", busy)
+	}
+	rss, err := RSS(pid)
+	peak, perr := PeakRSS(pid)
+	if err != nil || perr != nil || rss < 1<<20 || peak < rss {
+		t.Errorf("memory %d, %v; peak %d, %v", rss, err, peak, perr)
+	}
+	fds, err := FDs(pid)
+	f, ferr := os.Open(os.DevNull)
+	if err != nil || ferr != nil {
+		t.Fatal(err, ferr)
+	}
+	defer f.Close()
+	if more, err := FDs(pid); err != nil || more != fds+1 {
+		t.Errorf("%d files are open, and with one more %d, %v", fds, more, err)
+	}
+	const nobody = 1 << 30 // above the kernel's largest pid
+	for name, f := range map[string]func(int) error{
+		"CPU":    func(pid int) error { _, err := CPUTime(pid); return err },
+		"memory": func(pid int) error { _, err := RSS(pid); return err },
+		"files":  func(pid int) error { _, err := FDs(pid); return err },
+	} {
+		if f(nobody) == nil {
+			t.Errorf("%s of a process that does not exist", name)
+		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/api"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
+	"github.com/docker-quay/docker-quay/test/daemon"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
 
@@ -31,8 +31,7 @@ type cluster struct {
 type node struct {
 	net        *rig.Node
 	containerd *rig.Containerd
-	daemon     *rig.Process
-	socket     string // of the node API
+	daemon     *daemon.Daemon
 }
 
 // scenesSoFar numbers the clusters of this process: their folders and processes have names of their own.
@@ -48,109 +47,48 @@ func newCluster(ctx context.Context, r *rig.Rig, network *rig.Network, registry 
 	if err := trust.NewSecret().Save(secret); err != nil {
 		return nil, err
 	}
-	certs := filepath.Join(dir, "certs.d")
-	if err := registry.WriteHosts(certs); err != nil {
-		return nil, err
+	config := ""
+	if verbose {
+		config = "[log]\nlevel = \"debug\"\n"
 	}
-	// One address is enough for a node to find all.
-	first := fmt.Sprintf("%s:6881", network.Node(1).Addr)
 	c := &cluster{nodes: make([]*node, len(network.Nodes()))}
 	g, gctx := errgroup.WithContext(ctx)
 	for i, n := range network.Nodes() {
 		g.Go(func() (err error) {
-			c.nodes[i], err = newNode(gctx, r, n, filepath.Join(dir, n.Name), secret, certs, first, verbose)
+			c.nodes[i], err = newNode(gctx, r, daemon.Options{
+				Rig: r, Name: fmt.Sprintf("s%d-quay-%s", scenesSoFar, n.Name), Dir: filepath.Join(dir, n.Name), Node: n, Secret: secret,
+				// One address is enough for a node to find all.
+				Peers: network.Nodes()[:1], Registry: registry, Config: config,
+			})
 			return err
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	return c, c.joined(ctx)
+	var daemons []*daemon.Daemon
+	for _, n := range c.nodes {
+		daemons = append(daemons, n.daemon)
+	}
+	return c, daemon.Joined(ctx, daemons...)
 }
 
-func newNode(ctx context.Context, r *rig.Rig, net *rig.Node, dir, secret, certs, peer string, verbose bool) (*node, error) {
-	n := &node{net: net, socket: filepath.Join(dir, "quay.sock")}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	config := filepath.Join(dir, "config.toml")
-	level := "info"
-	if verbose {
-		level = "debug"
-	}
-	text := fmt.Sprintf(`root = %q
-state = %q
-[snapshotter]
-socket = %q
-[api]
-socket = %q
-[peers]
-secret_file = %q
-listen = %q
-ports = "6881"
-peers = [%q]
-[origin]
-host_dirs = [%q]
-[log]
-level = %q
-`, filepath.Join(dir, "root"), dir, filepath.Join(dir, "sn.sock"), n.socket, secret, net.Addr, peer, certs, level)
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
-		return nil, err
-	}
-	var err error
-	n.daemon, err = r.Start(ctx, rig.Command{
-		Name: filepath.Base(filepath.Dir(dir)) + "-quay-" + net.Name, Path: "containerd-quay-grpc", Args: []string{"--config", config},
-		Node: net, Env: []string{"NOTIFY_SOCKET="},
-		Ready: func(ctx context.Context) error {
-			c, _, err := api.Dial(ctx, n.socket)
-			if err == nil {
-				err = c.Close()
-			}
-			return err
-		},
-	})
-	if err != nil {
+func newNode(ctx context.Context, r *rig.Rig, o daemon.Options) (_ *node, err error) {
+	n := &node{net: o.Node}
+	if n.daemon, err = daemon.Start(ctx, o); err != nil {
 		return nil, err
 	}
 	n.containerd, err = r.StartContainerd(ctx, rig.ContainerdOptions{
-		Node: net, Snapshotter: filepath.Join(dir, "sn.sock"), SnapshotterRoot: filepath.Join(dir, "root"), CertsDir: certs,
+		Node: o.Node, Snapshotter: n.daemon.Snapshotter, SnapshotterRoot: n.daemon.Root, CertsDir: n.daemon.CertsDir,
 	})
 	return n, err
-}
-
-// joined waits until every node knows every other.
-func (c *cluster) joined(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	t := time.NewTicker(50 * time.Millisecond)
-	defer t.Stop()
-	for _, n := range c.nodes {
-		client, st, err := api.Dial(ctx, n.socket)
-		if err != nil {
-			return err
-		}
-		for len(st.Peers) < len(c.nodes)-1 {
-			select {
-			case <-ctx.Done():
-				_ = client.Close()
-				return fmt.Errorf("node %s knows only %d peers", n.net.Name, len(st.Peers))
-			case <-t.C:
-			}
-			if st, err = client.Status(ctx); err != nil {
-				_ = client.Close()
-				return err
-			}
-		}
-		_ = client.Close()
-	}
-	return nil
 }
 
 // stop ends the nodes; what their rig still owns goes with it.
 func (c *cluster) stop() error {
 	var errs []error
 	for _, n := range c.nodes {
-		errs = append(errs, n.containerd.Stop(), n.daemon.Stop())
+		errs = append(errs, n.containerd.Stop(), n.daemon.Process.Stop())
 	}
 	return errors.Join(errs...)
 }
@@ -158,7 +96,7 @@ func (c *cluster) stop() error {
 // play pulls the scene's image, runs its program at once, waits for the whole image and checks the files.
 func (n *node) play(ctx context.Context, s scene, start time.Time, res *result) error {
 	pull := func(args ...string) error {
-		args = append([]string{"pull", "--socket", n.socket, "--progress", "quiet"}, append(args, s.ref)...)
+		args = append([]string{"pull", "--socket", n.daemon.Socket, "--progress", "quiet"}, append(args, s.ref)...)
 		_, err := n.net.Run(ctx, nil, "docker-quay", args...)
 		return err
 	}
@@ -167,7 +105,7 @@ func (n *node) play(ctx context.Context, s scene, start time.Time, res *result) 
 		return err
 	}
 	// The session is a second pair of eyes on the node's store; the pull's own blobs are the same.
-	client, _, err := api.Dial(ctx, n.socket)
+	client, _, err := api.Dial(ctx, n.daemon.Socket)
 	if err != nil {
 		return err
 	}

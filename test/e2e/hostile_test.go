@@ -158,7 +158,8 @@ func TestStrangers(t *testing.T) {
 	}
 	refused(w.user(n2).joins(w.newSecret("other"), n1), 4, "secret")
 	refused(w.user(n2), 1, "docker quay node secret", "--peer", peer(n1))
-	refused(w.user(n2), 5, "no peer")
+	// Without a search for torrents not even the config is asked of the registry.
+	refused(w.user(n2), 5, "no peer", "--torrents", "never")
 
 	member := w.user(n2).joins(w.secret, n1)
 	member.login()

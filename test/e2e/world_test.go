@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/docker-quay/docker-quay/fetcher/store"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
+	nodedaemon "github.com/docker-quay/docker-quay/test/daemon"
 	"github.com/docker-quay/docker-quay/test/image"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
@@ -167,9 +167,9 @@ func (w *world) until(what string, done func() bool) {
 }
 
 // peer is how others reach what listens for peers on a node; everybody here uses one port.
-func peer(n *rig.Node) string { return fmt.Sprintf("%s:%d", n.Addr, peerPort) }
+func peer(n *rig.Node) string { return nodedaemon.Address(n) }
 
-const peerPort = 6881
+const peerPort = nodedaemon.PeerPort
 
 // blobData is where a store keeps a blob.
 func blobData(store string, d digest.Digest) string {

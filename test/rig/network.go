@@ -109,15 +109,22 @@ func (w *Network) addNode(name string, addr netip.Addr, rate Rate) (*Node, error
 		return nil, err
 	}
 	if rate > 0 {
-		// The uplink is shaped where the node sends, the downlink where the bridge sends to it.
-		err := errors.Join(
-			tc(n.netns, fmt.Sprintf("qdisc add dev eth0 root tbf rate %dbit %s", rate, shaping)),
-			tc(w.bridge, fmt.Sprintf("qdisc add dev %s root tbf rate %dbit %s", n.port, rate, shaping)))
-		if err != nil {
+		if err := n.shape("add", rate); err != nil {
 			return nil, err
 		}
 	}
 	return n, nil
+}
+
+// SetRate changes the speed of a shaped link, in both directions, also under traffic.
+func (n *Node) SetRate(rate Rate) error { return n.shape("change", rate) }
+
+// shape makes or changes the limits of the node's link. The uplink is shaped where the node sends, the downlink where the
+// bridge sends to it.
+func (n *Node) shape(verb string, rate Rate) error {
+	return errors.Join(
+		tc(n.netns, fmt.Sprintf("qdisc %s dev eth0 root tbf rate %dbit %s", verb, rate, shaping)),
+		tc(n.network.bridge, fmt.Sprintf("qdisc %s dev %s root tbf rate %dbit %s", verb, n.port, rate, shaping)))
 }
 
 // Node is the i-th node, counted from 1.

@@ -84,6 +84,19 @@ func TestNetwork(t *testing.T) {
 			}
 		})
 	}
+
+	t.Run("another rate", func(t *testing.T) {
+		const slower, size = rate / 10, 2 << 20
+		if err := w.Node(2).SetRate(slower); err != nil {
+			t.Fatal(err)
+		}
+		ideal := time.Duration(float64(size) / float64(slower.Bytes()) * float64(time.Second))
+		for _, c := range []struct{ from, to *rig.Node }{{w.Node(1), w.Node(2)}, {w.Node(2), w.Node(1)}} {
+			if took := send(ctx, t, c.from, c.to, size); took < ideal*7/10 {
+				t.Errorf("%s to %s: %d bytes took %s at %d bit/s, ideally %s", c.from.Name, c.to.Name, size, took, slower, ideal)
+			}
+		}
+	})
 }
 
 func isTimeout(err error) bool {

@@ -229,13 +229,6 @@ func verdict(rows []row) {
 			ratio, size = r.RatioToHTTP, r.Bytes
 		}
 	}
-	fmt.Printf("rate of quay at %d MiB: %.2f of plain HTTP's (asked: %.2f): %s\n", size/mib, ratio, acceptRatio, pass(ratio >= acceptRatio))
-	fmt.Printf("peak memory of quay at any size: %.0f MB (asked: at most %d): %s\n", peak, acceptRSS, pass(peak <= acceptRSS))
-}
-
-func pass(ok bool) string {
-	if ok {
-		return "met"
-	}
-	return "NOT MET"
+	fmt.Printf("rate of quay at %d MiB: %.2f of plain HTTP's (asked: %.2f): %s\n", size/mib, ratio, acceptRatio, bench.Pass(ratio >= acceptRatio))
+	fmt.Printf("peak memory of quay at any size: %.0f MB (asked: at most %d): %s\n", peak, acceptRSS, bench.Pass(peak <= acceptRSS))
 }

@@ -1,0 +1,143 @@
+// Command node measures what a node daemon costs that has many blobs and nothing to do: three nodes in network namespaces, each
+// with the same images of small layers, pulled by all of them from a registry and from each other.
+//
+// rss_mb, idle_cpu_percent, goroutines and fds are those of a daemon that has pulled the images and seeds them. Then it is
+// restarted: start_s is from the start of the process until its API answers, restart_to_serving_s from the signal that ends the
+// old one until the new one has served a known image. Each figure is the worst of the nodes.
+//
+// The table and build/bench/node.json have the figures. QUICK=1 takes fewer blobs and a shorter rest.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/docker-quay/docker-quay/test/bench"
+	"github.com/docker-quay/docker-quay/test/rig"
+)
+
+const (
+	// limit bounds the whole benchmark, which takes a few minutes.
+	limit = 30 * time.Minute
+	// nodes is enough for each to have peers, and for peers of a peer.
+	nodes = 3
+	// layerSize is that of each blob: what they cost while nothing happens does not depend on it.
+	layerSize = 64 << 10
+	// layersOf is how many layers an image has, about the most that one has in life.
+	layersOf = 100
+	// afterPull is how long the daemons are left alone before the rest is measured: connections of the pull end and memory
+	// that it needed goes back to the system (Go's scavenger takes some seconds).
+	afterPull = 15 * time.Second
+)
+
+func main() {
+	var o options
+	flag.Func("blobs", "so many blobs on each node (repeatable; default: 0 and 1000, with QUICK=1 0 and 300)", func(s string) error {
+		var n int
+		if _, err := fmt.Sscan(s, &n); err != nil || n < 0 || n%layersOf != 0 {
+			return fmt.Errorf("not a multiple of %d", layersOf)
+		}
+		o.blobs = append(o.blobs, n)
+		return nil
+	})
+	flag.DurationVar(&o.rest, "rest", 20*time.Second, "how long the idle daemons are watched")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench-node:", err)
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	blobs []int
+	rest  time.Duration
+}
+
+// row is one load: the worst of the nodes.
+type row struct {
+	Blobs  int     `json:"blobs"`
+	Layers int     `json:"layers"` // mounted
+	RSS    float64 `json:"rss_mb"` // 10^6 bytes, as all memory here
+	CPU    float64 `json:"idle_cpu_percent"`
+	// Start is the first one's, or with blobs that of the restart.
+	Start      float64 `json:"start_s"`
+	Serving    float64 `json:"restart_to_serving_s"`
+	Goroutines int     `json:"goroutines"`
+	FDs        int     `json:"fds"`
+	// RSSStart is right after the start, RSSPeak the most there ever was, before the restart.
+	RSSStart float64 `json:"rss_start_mb"`
+	RSSPeak  float64 `json:"rss_peak_mb"`
+	Before   float64 `json:"before_percent"` // how busy all CPUs were, with what else the machine had to do, while the daemons rested
+	OK       bool    `json:"ok"`             // every node got every blob and served it again
+}
+
+var errNotOK = errors.New("a node did not get or serve what it should have; see the rows that are not ok, and the messages above")
+
+func run(ctx context.Context, o options) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("needs root, for network namespaces and node daemons")
+	}
+	if o.blobs == nil {
+		o.blobs = []int{0, 1000}
+		if bench.Quick() {
+			o.blobs, o.rest = []int{0, 300}, min(o.rest, 10*time.Second)
+		}
+	}
+	r, err := rig.New()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	network, err := r.NewNetwork(rig.NetworkOptions{Nodes: nodes})
+	if err != nil {
+		return err
+	}
+	registry, err := r.StartRegistry(ctx, rig.RegistryOptions{Node: network.Registry()})
+	if err != nil {
+		return err
+	}
+	report := bench.New[row]("node")
+	for i, blobs := range o.blobs {
+		row, err := measure(ctx, r, network, registry, load{blobs, i, afterPull, o.rest})
+		if err != nil {
+			return fmt.Errorf("%d blobs: %w", blobs, err)
+		}
+		report.Rows = append(report.Rows, row)
+	}
+	if err := report.Table(os.Stdout); err != nil {
+		return err
+	}
+	if !verdict(report.Rows) {
+		err = errNotOK
+	}
+	return errors.Join(report.Save(), err)
+}
+
+// What is asked of docker quay.
+const (
+	acceptRSS   = 120 // MB
+	acceptCPU   = 1   // percent of one CPU
+	acceptStart = 2   // seconds
+)
+
+// verdict says whether docker quay does what is asked of it, and reports whether every row is ok.
+func verdict(rows []row) bool {
+	ok := true
+	for _, r := range rows {
+		ok = ok && r.OK
+		met := r.OK && r.RSS <= acceptRSS && r.CPU < acceptCPU && r.Start <= acceptStart
+		fmt.Printf("%d blobs: %.0f MB (asked: %d), %.2f %% of a CPU (asked: less than %d), start in %.2f s (asked: %d): %s\n",
+			r.Blobs, r.RSS, acceptRSS, r.CPU, acceptCPU, r.Start, acceptStart, bench.Pass(met))
+	}
+	return ok
+}
