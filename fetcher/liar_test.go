@@ -14,6 +14,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -129,23 +130,27 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// known waits until the keeper of a blob, one of these nodes, knows who holds all of it.
+// known waits until these nodes agree on which of them keeps a blob's list first, and
+// that one knows who holds all of the blob. Members that are none of them, at most
+// one, may come before it in rank.
 func known(t *testing.T, dg digest.Digest, nodes ...*testNode) {
 	t.Helper()
+	byID := map[string]*testNode{}
+	for _, n := range nodes {
+		byID[n.NodeID()] = n
+	}
 	eventually(t, "the keeper knows who holds the blob", func() bool {
-		keeper := nodes[0].cluster.Keeper(dg).ID
+		var keeper *testNode
 		for _, n := range nodes {
-			if n.cluster.Keeper(dg).ID != keeper {
+			ks := n.cluster.Keepers(dg)
+			i := slices.IndexFunc(ks, func(m cluster.Member) bool { return byID[m.ID] != nil })
+			if i < 0 || keeper != nil && byID[ks[i].ID] != keeper {
 				return false
 			}
+			keeper = byID[ks[i].ID]
 		}
-		for _, n := range nodes {
-			if n.NodeID() == keeper {
-				k, _ := n.cluster.Kept(dg)
-				return k.Complete > 0
-			}
-		}
-		return false
+		k, _ := keeper.cluster.Kept(dg)
+		return k.Complete > 0
 	})
 }
 
@@ -378,11 +383,11 @@ func TestWrongPiecesWithRegistry(t *testing.T) {
 	r := newRegistry(t)
 	data := random(12 << 20)
 	desc := r.add(data)
-	s := secret()
-	liar := newNode(t, t.TempDir(), s)
-	right(t, liar.blob(t, desc, r.origin(t)), data, 20*time.Second)
-	spoil(t, liar.dir, desc.Size)
-	fetch := func(t *testing.T, run func(victim, third *Blob)) {
+	fetch := func(t *testing.T, run func(liar *testNode, victim, third *Blob)) {
+		s := secret()
+		liar := newNode(t, t.TempDir(), s)
+		right(t, liar.blob(t, desc, r.origin(t)), data, 20*time.Second)
+		spoil(t, liar.dir, desc.Size)
 		a := newNode(t, t.TempDir(), s, liar.Addr().String())
 		b := newNode(t, t.TempDir(), s, a.Addr().String())
 		acquainted(t, 2, a, b)
@@ -393,7 +398,7 @@ func TestWrongPiecesWithRegistry(t *testing.T) {
 		victim, third := a.blob(t, desc, r.origin(t)), b.blob(t, desc, r.origin(t))
 		defer neverWrong(t, victim, data)()
 		defer neverWrong(t, third, data)()
-		run(victim, third)
+		run(liar, victim, third)
 		if why := banned(victim, liar); why != WrongBytes {
 			t.Errorf("the liar is banned for %q", why)
 		}
@@ -412,14 +417,14 @@ func TestWrongPiecesWithRegistry(t *testing.T) {
 		acquainted(t, 2, a, b)
 	}
 	t.Run("BitTorrent", func(t *testing.T) {
-		fetch(t, func(victim, third *Blob) {
+		fetch(t, func(_ *testNode, victim, third *Blob) {
 			third.Fetch()
 			t.Logf("in %s", right(t, victim, data, 60*time.Second))
 			right(t, third, data, 60*time.Second)
 		})
 	})
 	t.Run("ranged reads", func(t *testing.T) {
-		fetch(t, func(victim, third *Blob) {
+		fetch(t, func(liar *testNode, victim, third *Blob) {
 			for off := int64(0); off < desc.Size; off += 1 << 20 {
 				for _, b := range []*Blob{victim, third} {
 					p := make([]byte, 5000)

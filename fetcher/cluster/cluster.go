@@ -231,7 +231,7 @@ func (c *Cluster) tell(told map[digest.Digest][keepers]string) bool {
 	for _, h := range complete {
 		have[h.Digest] = true
 		var now [keepers]string
-		for i, m := range c.keepersOf(h.Digest) {
+		for i, m := range c.Keepers(h.Digest) {
 			if i >= keepers {
 				break
 			}
@@ -279,8 +279,8 @@ func values(a [keepers]string) func(func(string) bool) {
 	}
 }
 
-// keepersOf ranks the members, this node among them, that keep a blob's list.
-func (c *Cluster) keepersOf(d digest.Digest) []Member {
+// Keepers ranks the members, this node among them, that keep a blob's list.
+func (c *Cluster) Keepers(d digest.Digest) []Member {
 	return Keepers(d, func(yield func(Member) bool) {
 		if !yield(c.o.Membership.Self()) {
 			return
@@ -294,7 +294,7 @@ func (c *Cluster) keepersOf(d digest.Digest) []Member {
 }
 
 // Keeper returns the member that keeps a blob's list now; this node it may be.
-func (c *Cluster) Keeper(d digest.Digest) Member { return c.keepersOf(d)[0] }
+func (c *Cluster) Keeper(d digest.Digest) Member { return c.Keepers(d)[0] }
 
 // Announce tells a blob's keeper of this node's part in it, and returns the
 // keeper's answer. When one keeper does not answer, the next in rank is asked.
@@ -303,7 +303,7 @@ func (c *Cluster) Announce(ctx context.Context, a Announcement) (Reply, error) {
 		return Reply{}, fmt.Errorf("%s: blobs of more than %d bytes are not shared", a.Digest, int64(maxBlobSize))
 	}
 	self := c.o.Membership.Self()
-	ks := c.keepersOf(a.Digest)
+	ks := c.Keepers(a.Digest)
 	insist := false
 	var last error
 	for tries := 0; len(ks) > 0 && tries < 2*keepersAsked; tries++ {
