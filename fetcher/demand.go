@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
-	"github.com/docker-quay/docker-quay/fetcher/store"
 )
 
 // Priority orders reads: who waits for them decides what they may hold back.
@@ -68,6 +67,7 @@ type flight struct {
 	first, last int
 	done        chan struct{}
 	err         error // set before done is closed
+	bulk        bool  // left to the bulk fetch
 }
 
 // need makes the pieces first to last held, or says why they cannot be.
@@ -285,13 +285,9 @@ func (d *download) race(ctx context.Context, fl *flight, askPeers bool) error {
 func (d *download) await(ctx context.Context, fl *flight) error {
 	d.mu.Lock()
 	done := d.done
-	tor := d.tor
+	fl.bulk = true
 	d.mu.Unlock()
-	if tor != nil {
-		for i := fl.first; i <= fl.last; i++ {
-			tor.Want(i)
-		}
-	}
+	d.poke()
 	d.wishOpen(fl.first, fl.last)
 	for {
 		changed := d.st.Changed()
@@ -385,16 +381,12 @@ func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight,
 	d.table.learn(said)
 	for i, rest := fl.first, p; i <= fl.last; i++ {
 		_, n := d.st.PieceRange(i)
-		w, err := d.table.wait(ctx, i, []string{m.ID})
-		if err == nil {
-			err = d.table.check(i, rest[:n], w, m.ID)
-		}
-		if err != nil {
+		if err := d.takePiece(ctx, i, rest[:n], m.ID); err != nil {
 			return err
 		}
 		rest = rest[n:]
 	}
-	return d.putAll(fl, p, store.Peer, m.ID)
+	return nil
 }
 
 func (d *download) demandOrigin(ctx context.Context, source Origin, fl *flight) error {
@@ -413,17 +405,6 @@ func (d *download) demandOrigin(ctx context.Context, source Origin, fl *flight) 
 		return d.await(ctx, fl)
 	}
 	return d.take(ctx, s, fl.first, fl.last+1, nil)
-}
-
-func (d *download) putAll(fl *flight, p []byte, src store.Source, peer string) error {
-	for i := fl.first; i <= fl.last; i++ {
-		_, n := d.st.PieceRange(i)
-		if err := d.put(i, p[:n], src, peer); err != nil {
-			return fmt.Errorf("%w: %w", errLocal, err)
-		}
-		p = p[n:]
-	}
-	return nil
 }
 
 // sleep waits for d or the end of ctx.

@@ -105,7 +105,8 @@ type download struct {
 	suspects  []string                // node IDs whose pieces another peer had otherwise
 	doubts    map[string]time.Time    // node IDs that do not deliver, and since when
 	table     *table                  // what members say the pieces contain
-	wanted    map[int]bool            // pieces asked of the swarm
+	wanted    map[int]wish            // pieces asked of peers
+	helpers   map[string]*helper      // peers that bulk reads are asked of, by node ID
 	available []uint16                // how many connected peers have each piece, a tick ago
 	believed  string                  // node ID of the peer that was believed last
 	attempts  int                     // digest mismatches so far
@@ -151,7 +152,8 @@ func newDownload(f *Fetcher, desc ocispec.Descriptor, st *store.Blob) *download 
 		down:     limiter(f.o.DownloadRatePerBlob),
 
 		bannedFor: map[string]BanReason{},
-		wanted:    map[int]bool{},
+		wanted:    map[int]wish{},
+		helpers:   map[string]*helper{},
 	}
 	d.table = newTable(d)
 	d.ctx, d.cancel = context.WithCancel(f.ctx)

@@ -118,6 +118,8 @@ type Fetcher struct {
 	up, down   *rate.Limiter // nil: no limit
 	demand     atomic.Int32  // demand reads under way in this process
 	lastDemand atomic.Int64  // when the last one ended, in unix nanoseconds
+	rows       atomic.Int64  // bulk reads under way
+	mostRows   int           // how many there may be
 	delays     delays        // of ranged reads from peers
 	patience   patience      // what registries asked of the cluster
 	count      counts        // for Stats
@@ -210,6 +212,7 @@ func (f *Fetcher) join() (err error) {
 	if err != nil {
 		return err
 	}
+	f.mostRows = min(rowsPerNode, max(out/2, 1))
 	f.cluster = cluster.New(cluster.Options{
 		Membership: f.gossip, PeerID: trust.PeerID, Client: f.id.Client(trust.ProtoHTTP1),
 		Holder: holder{f}, Errands: behalf{f}, Body: f.limitedBody, Connections: out, Log: f.log,

@@ -53,16 +53,16 @@ func (o *Options) checkLimits() error {
 	return nil
 }
 
-// places splits the connections a node may have: three quarters for BitTorrent, the
-// rest for calls and ranged reads, half of them by others and half of this
-// node's. So a busy swarm keeps no container's read from a peer, and no peer's from
-// this node.
+// places splits the connections a node may have: half for BitTorrent, which tells who
+// has what, the rest for calls and ranged reads, half of them by others and half of
+// this node's. Of its own at most every second one is a bulk read: so a busy swarm
+// keeps no container's read from a peer, and no peer's from this node.
 func (o *Options) places() (swarm, in, out int) {
 	n := o.Connections
 	if n == 0 {
 		n = DefaultConnections
 	}
-	in = n / 8
+	in = n / 4
 	return n - 2*in, in, in
 }
 

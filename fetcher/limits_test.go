@@ -240,7 +240,7 @@ func TestConnectionCapKeepsFetching(t *testing.T) {
 	}
 	for _, n := range nodes[1:] {
 		s := n.Stats()
-		if s.SwarmConnections > 12 || s.ConnectionsIn > 2 || s.ConnectionsOut > 2 {
+		if s.SwarmConnections > 8 || s.ConnectionsIn > 4 || s.ConnectionsOut > 4 {
 			t.Errorf("%d, %d and %d connections", s.SwarmConnections, s.ConnectionsIn, s.ConnectionsOut)
 		}
 	}

@@ -316,7 +316,7 @@ func (d *download) choose(o *openSource, available []uint16, room int, registry 
 	order := map[int]int{} // of pieces of the torrent; chance among equals
 	for i, n := range available {
 		waited := d.flights[i] != nil // which asks the registry and members itself
-		if n == 0 || i >= d.pieces || d.st.Has(i) || d.claims[d.segmentOf(i)] || waited && registry || d.wanted[i] || d.wantedOpen(i) {
+		if n == 0 || i >= d.pieces || d.st.Has(i) || d.claims[d.segmentOf(i)] || waited && registry || d.wanted[i].reads > 0 || d.wantedOpen(i) {
 			continue
 		}
 		if waited {

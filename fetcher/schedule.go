@@ -122,7 +122,7 @@ func (d *download) step(r *run) error {
 	if due {
 		d.announceSoon(r)
 	}
-	d.fillWindow()
+	d.fillWindow(r)
 	d.fillOpen()
 	return stuck
 }

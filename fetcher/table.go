@@ -21,8 +21,6 @@ const (
 	// be checked against. It is asked for together with the piece, from a node
 	// that has both, and is a thousandth of its size.
 	tableWait = 2 * time.Second
-	// tableAsks bounds the questions of one blob under way.
-	tableAsks = 2
 	// tableMost bounds the pieces of one question.
 	tableMost = 256
 	// ownMost bounds the pieces a complete node sums up for one question, since it
@@ -59,8 +57,6 @@ type table struct {
 	sums    map[int]cluster.PieceSum
 	words   map[int]word
 	changed chan struct{} // closed at the next change of words
-	asking  int
-	missed  map[int]time.Time // pieces that were asked for in vain, and when
 	liars   map[string]bool
 	strikes map[dispute]int
 	sides   map[string]string // who is neither asked nor believed → who is instead
@@ -75,7 +71,7 @@ type dispute struct{ supplier, signer string }
 func newTable(d *download) *table {
 	return &table{
 		d: d, sums: map[int]cluster.PieceSum{}, words: map[int]word{}, changed: make(chan struct{}),
-		missed: map[int]time.Time{}, liars: map[string]bool{}, strikes: map[dispute]int{}, sides: map[string]string{}, tried: map[string]bool{},
+		liars: map[string]bool{}, strikes: map[dispute]int{}, sides: map[string]string{}, tried: map[string]bool{},
 	}
 }
 
@@ -210,7 +206,6 @@ func (t *table) learn(said []cluster.Statement) (n int) {
 			for at, i := range s.Pieces {
 				if _, ok := t.words[i]; !ok && i < t.d.pieces {
 					t.words[i] = word{s.Sums[at], s.By, s}
-					delete(t.missed, i)
 					n++
 				}
 			}
@@ -224,39 +219,6 @@ func (t *table) learn(said []cluster.Statement) (n int) {
 		t.mu.Unlock()
 	}
 	return n
-}
-
-// ask fetches the words about wanted pieces from nodes that hold them, in the
-// background.
-func (t *table) ask(tor *swarm.Torrent, wanted []int) {
-	now := time.Now()
-	t.mu.Lock()
-	var lack []int
-	for _, i := range wanted {
-		if _, ok := t.words[i]; !ok && now.Sub(t.missed[i]) > tick {
-			lack = append(lack, i)
-		}
-	}
-	if len(lack) == 0 || t.asking >= tableAsks {
-		t.mu.Unlock()
-		return
-	}
-	rand.Shuffle(len(lack), func(a, b int) { lack[a], lack[b] = lack[b], lack[a] })
-	lack = lack[:min(len(lack), tableMost)]
-	for _, i := range lack {
-		t.missed[i] = now
-	}
-	t.asking++
-	t.mu.Unlock()
-	holders := tor.Holders(lack[0], 8)
-	t.d.wg.Go(func() {
-		defer func() {
-			t.mu.Lock()
-			t.asking--
-			t.mu.Unlock()
-		}()
-		t.askOne(t.d.ctx, holders, lack)
-	})
 }
 
 // askOne asks one of some nodes, chosen at random, about pieces.
@@ -381,7 +343,6 @@ func (t *table) unsay(node string) {
 	for i, w := range t.words {
 		if w.by == node && !t.d.st.Has(i) {
 			delete(t.words, i)
-			delete(t.missed, i)
 		}
 	}
 }

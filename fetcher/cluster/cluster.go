@@ -151,6 +151,16 @@ func (c *Cluster) ID() string { return c.o.Membership.Self().ID }
 // does not change the result.
 func (c *Cluster) Members() []Member { return c.o.Membership.Members() }
 
+// Member returns another live member by its ID.
+func (c *Cluster) Member(id string) (Member, bool) {
+	members := c.Members()
+	i, ok := slices.BinarySearchFunc(members, id, func(m Member, id string) int { return compareIDs(m.ID, id) })
+	if !ok {
+		return Member{}, false
+	}
+	return members[i], true
+}
+
 // watch follows the membership: the book forgets who left, and keepers that are
 // new are told of the complete blobs here.
 func (c *Cluster) watch() {

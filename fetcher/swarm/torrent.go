@@ -263,6 +263,32 @@ func (t *Torrent) Availability() []uint16 {
 	return n
 }
 
+// Peer is a connected peer and the pieces it holds.
+type Peer struct {
+	Node   string // its ID
+	Pieces []bool
+}
+
+// Peers are the connected peers that may be asked, in no order.
+func (t *Torrent) Peers() []Peer {
+	conns := t.lib.PeerConns()
+	peers := make([]Peer, 0, len(conns))
+	for _, pc := range conns {
+		if t.isBanned(pc.PeerID) {
+			continue
+		}
+		held := make([]bool, t.pieces)
+		pc.PeerPieces().Iterate(func(i uint32) bool {
+			if int(i) < len(held) {
+				held[i] = true
+			}
+			return true
+		})
+		peers = append(peers, Peer{nodeOf(pc.PeerID), held})
+	}
+	return peers
+}
+
 // Holders names up to limit connected peers, by node ID, that hold piece i.
 func (t *Torrent) Holders(i, limit int) []string {
 	var ids []string

@@ -1,0 +1,295 @@
+package fetcher
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/docker-quay/docker-quay/fetcher/cluster"
+	"github.com/docker-quay/docker-quay/fetcher/store"
+	"github.com/docker-quay/docker-quay/fetcher/swarm"
+)
+
+const (
+	// rowBytes bounds what one bulk read takes from a peer: enough that the round trip
+	// and the request cost little, and little enough that a peer's uplink is shared out
+	// anew ten times a second.
+	rowBytes = 1 << 20
+	// readsPerPeer is how many bulk reads a peer is asked for at a time: while one
+	// begins the other one keeps the link busy.
+	readsPerPeer = 2
+	// rowsPerNode bounds those of all blobs together, and with them the memory that they
+	// take: half a second of a link of 500 Mbit/s.
+	rowsPerNode = 32
+	// silentPeer is how long a peer may send nothing of a bulk read before others are
+	// asked. It is then left alone for shunPeer, twice as long as the time before, up to
+	// shunMost.
+	silentPeer = 3 * time.Second
+	shunPeer   = time.Second
+	shunMost   = 64 * time.Second
+	// twiceAfter is how long a piece may be on its way before, with nothing else left to
+	// ask for, another peer is asked for it as well.
+	twiceAfter = time.Second
+)
+
+// helper is a connected peer that bulk reads are asked of.
+type helper struct {
+	reads int       // under way
+	fails int       // in a row
+	until time.Time // not asked before
+}
+
+// row is a bulk read: the pieces first to last from one peer.
+type row struct {
+	from cluster.Member
+	flight
+}
+
+// wish is a piece on its way from peers.
+type wish struct {
+	since time.Time
+	reads int // that bring it
+}
+
+// fillWindow keeps peers busy with pieces that they have, rarest first, and no more
+// than a window of them. BitTorrent tells who has which; the bytes come by ranged
+// reads, since the library's pipeline of requests runs dry whenever peers get new
+// pieces: of four nodes on 200 Mbit/s links some stood at half speed for seconds.
+func (d *download) fillWindow(r *run) {
+	tor := d.torrent()
+	if tor == nil {
+		return
+	}
+	peers := tor.Peers() // not under d.mu: the swarm's locks come before ours
+	now := time.Now()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.run != r {
+		return
+	}
+	d.available = make([]uint16, d.pieces)
+	for _, p := range peers {
+		for i, has := range p.Pieces {
+			if has {
+				d.available[i]++
+			}
+		}
+	}
+	limit := int64(window)
+	if d.f.hot(demandFollows) {
+		limit = demandWindow
+	}
+	room := max(int(limit/d.st.PieceSize()), 1) - len(d.wanted)
+	if able := d.able(peers, now); room > 0 && len(able) > 0 {
+		d.askFor(r, able, room, now)
+	}
+}
+
+// source is a peer that can be asked now.
+type source struct {
+	cluster.Member
+	pieces []bool
+	*helper
+}
+
+// able returns the peers that can be asked for one more read, and forgets those that
+// are gone. Called with d.mu held.
+func (d *download) able(peers []swarm.Peer, now time.Time) []source {
+	var all []source
+	connected := make(map[string]bool, len(peers))
+	for _, p := range peers {
+		connected[p.Node] = true
+		h := d.helpers[p.Node]
+		if h == nil {
+			h = &helper{}
+			d.helpers[p.Node] = h
+		}
+		if h.reads >= readsPerPeer || now.Before(h.until) || d.banned[p.Node] {
+			continue
+		}
+		if m, ok := d.memberOf(p.Node); ok {
+			all = append(all, source{m, p.Pieces, h})
+		}
+	}
+	for id, h := range d.helpers {
+		if !connected[id] && h.reads == 0 && now.After(h.until) {
+			delete(d.helpers, id)
+		}
+	}
+	return all
+}
+
+// memberOf finds where a node can be reached. Called with d.mu held.
+func (d *download) memberOf(node string) (cluster.Member, bool) {
+	if p := d.parts[node]; p != nil {
+		return p.Member, true
+	}
+	return d.f.cluster.Member(node)
+}
+
+// askFor starts bulk reads for up to room pieces. Called with d.mu held.
+func (d *download) askFor(r *run, able []source, room int, now time.Time) {
+	// What was asked for arrives; nothing new is while a program starts, but for what
+	// it waits for itself.
+	put := d.holdsBack() && d.f.hot(startQuiet)
+	reads := 0 // of each piece that is still to be asked for
+	free := func(i int) bool {
+		fl := d.flights[i]
+		if put && fl == nil {
+			return false
+		}
+		return d.wanted[i].reads == reads && now.Sub(d.wanted[i].since) > time.Duration(reads)*twiceAfter && d.available[i] > 0 &&
+			(fl == nil || fl.bulk) && !d.claims[d.segmentOf(i)] && !d.wantedOpen(i) && !d.st.Has(i)
+	}
+	lacking := func() (can []int) {
+		for i := range d.pieces {
+			if free(i) {
+				can = append(can, i)
+			}
+		}
+		return can
+	}
+	can := lacking()
+	if len(can) == 0 && len(d.wanted) > 0 {
+		reads = 1 // nothing else is left: what takes long
+		can = lacking()
+	}
+	if len(d.wanted) == 0 && len(can) > 0 {
+		// The clock of the swarm's stall starts with the first wish.
+		d.lastPeerPiece.Store(now.UnixNano())
+	}
+	// Rarest first spreads what only one node has; chance among equals keeps the nodes
+	// of a crowd from all asking for the same piece.
+	rand.Shuffle(len(can), func(a, b int) { can[a], can[b] = can[b], can[a] })
+	rarity := func(i int) int {
+		if d.flights[i] != nil {
+			return 0 // somebody waits
+		}
+		return int(d.available[i])
+	}
+	slices.SortStableFunc(can, func(a, b int) int { return rarity(a) - rarity(b) })
+	wide := max(int(rowBytes/d.st.PieceSize()), 1)
+	for _, i := range can {
+		if room <= 0 || len(able) == 0 {
+			return
+		}
+		at := d.leastBusy(able, i)
+		if at < 0 || !free(i) { // the latter: in a row with one before
+			continue
+		}
+		if d.f.rows.Add(1) > int64(d.f.mostRows) {
+			d.f.rows.Add(-1)
+			return // whoever ends one looks again
+		}
+		p := able[at]
+		w := &row{p.Member, flight{first: i, last: i}}
+		fits := func(j int) bool { return w.last-w.first+1 < min(wide, room) && p.pieces[j] && free(j) }
+		for w.last+1 < d.pieces && fits(w.last+1) {
+			w.last++
+		}
+		for w.first > 0 && fits(w.first-1) {
+			w.first--
+		}
+		for j := w.first; j <= w.last; j++ {
+			d.wanted[j] = wish{now, reads + 1}
+		}
+		room -= w.last - w.first + 1
+		if p.reads++; p.reads >= readsPerPeer {
+			able = slices.Delete(able, at, at+1)
+		}
+		d.wg.Go(func() { d.read(r.ctx, w, p.helper) })
+	}
+}
+
+// leastBusy is the one with the fewest reads of those that hold a piece, and in this
+// node's zone if there is one; -1 when nobody holds it.
+func (d *download) leastBusy(able []source, i int) int {
+	best, least := -1, 0
+	from := rand.IntN(len(able))
+	for k := range able {
+		at := (from + k) % len(able)
+		busy := able[at].reads + readsPerPeer*away(able[at].Member, d.f.o.Zone)
+		if able[at].pieces[i] && (best < 0 || busy < least) {
+			best, least = at, busy
+		}
+	}
+	return best
+}
+
+// read makes one bulk read and keeps account of it.
+func (d *download) read(ctx context.Context, w *row, h *helper) {
+	err := d.takeRow(ctx, w)
+	d.f.rows.Add(-1)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := w.first; i <= w.last; i++ {
+		if v, ok := d.wanted[i]; ok && v.reads > 1 {
+			d.wanted[i] = wish{v.since, v.reads - 1}
+		} else {
+			delete(d.wanted, i)
+		}
+	}
+	h.reads--
+	switch {
+	case err == nil:
+		h.fails = 0
+	case ctx.Err() == nil:
+		d.log.Debug("a bulk read failed", "peer", w.from.ID, "first", w.first, "last", w.last, "err", err)
+		if errors.Is(err, cluster.ErrSilent) {
+			d.log.Info("a peer was asked for pieces and sends nothing: others are asked", "peer", w.from.ID)
+		}
+		pause := min(shunPeer<<min(h.fails, 10), shunMost)
+		h.until = time.Now().Add(pause - rand.N(pause/4))
+		h.fails++
+	}
+	d.poke()
+}
+
+// takeRow reads a row and takes each piece as it comes, once it was checked.
+func (d *download) takeRow(ctx context.Context, w *row) error {
+	off, n := d.flightRange(&w.flight)
+	body, said, err := d.f.cluster.Open(ctx, w.from, d.desc.Digest, off, n, cluster.ReadOptions{Vouch: !d.table.knows(w.first, w.last), Silent: silentPeer})
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	d.table.learn(said)
+	bp := pieceBufs.Get().(*[]byte)
+	defer pieceBufs.Put(bp)
+	for i := w.first; i <= w.last; i++ {
+		_, n := d.st.PieceRange(i)
+		p := (*bp)[:n]
+		if _, err := io.ReadFull(body, p); err != nil {
+			return err
+		}
+		if err := d.takePiece(ctx, i, p, w.from.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// takePiece checks a piece from a member against what was said of it, and keeps it.
+func (d *download) takePiece(ctx context.Context, i int, p []byte, from string) error {
+	d.mu.Lock()
+	bad := d.banned[from]
+	d.mu.Unlock()
+	if bad {
+		return fmt.Errorf("%w: piece %d came from %s, which sent wrong bytes before", swarm.ErrPutOff, i, from)
+	}
+	w, err := d.table.wait(ctx, i, []string{from})
+	if err == nil {
+		err = d.table.check(i, p, w, from)
+	}
+	if err != nil {
+		return err
+	}
+	if err := d.put(i, p, store.Peer, from); err != nil {
+		return fmt.Errorf("%w: %w", errLocal, err)
+	}
+	return nil
+}
