@@ -243,8 +243,12 @@ func (d *download) read(ctx context.Context, w *row, h *helper) {
 			d.log.Info("a peer was asked for pieces and sends nothing: others are asked", "peer", w.from.ID)
 		}
 		pause := min(shunPeer<<min(h.fails, 10), shunMost)
+		if errors.Is(err, swarm.ErrPutOff) {
+			pause = shunPeer // it did send; whether that was right others judge
+		} else {
+			h.fails++
+		}
 		h.until = time.Now().Add(pause - rand.N(pause/4))
-		h.fails++
 	}
 	d.poke()
 }
@@ -282,10 +286,10 @@ func (d *download) takePiece(ctx context.Context, i int, p []byte, from string) 
 		return fmt.Errorf("%w: piece %d came from %s, which sent wrong bytes before", swarm.ErrPutOff, i, from)
 	}
 	w, err := d.table.wait(ctx, i, []string{from})
-	if err == nil {
-		err = d.table.check(i, p, w, from)
-	}
 	if err != nil {
+		return fmt.Errorf("%w: %w", swarm.ErrPutOff, err)
+	}
+	if err := d.table.check(i, p, w, from); err != nil {
 		return err
 	}
 	if err := d.put(i, p, store.Peer, from); err != nil {

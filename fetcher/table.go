@@ -392,6 +392,9 @@ func (d *download) forgive(node string) {
 	was := d.banned[node]
 	delete(d.banned, node)
 	delete(d.bannedFor, node)
+	if h := d.helpers[node]; h != nil {
+		h.fails, h.until = 0, time.Time{}
+	}
 	tor := d.tor
 	if was {
 		d.addPeers()
