@@ -67,6 +67,9 @@ func (w *world) play(ctx context.Context, s *scenario, blobs []blob) (_ outcome,
 	if err := r.startDaemons(ctx); err != nil {
 		return outcome{}, err
 	}
+	if err := bench.TouchMemory(r.bytes() * int64(len(r.pulls))); err != nil {
+		return outcome{}, err
+	}
 	out := outcome{}
 	idle, err := bench.MachineNow()
 	if err != nil {
