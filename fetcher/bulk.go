@@ -31,6 +31,9 @@ const (
 	silentPeer = 3 * time.Second
 	shunPeer   = time.Second
 	shunMost   = 64 * time.Second
+	// rowTakes bounds a bulk read from a peer that sends drop by drop. What came of it
+	// by then is kept.
+	rowTakes = 5 * time.Minute
 	// twiceAfter is how long a piece may be on its way before, with nothing else left to
 	// ask for, another peer is asked for it as well.
 	twiceAfter = time.Second
@@ -74,7 +77,7 @@ func (d *download) fillWindow(r *run) {
 	d.available = make([]uint16, d.pieces)
 	for _, p := range peers {
 		for i, has := range p.Pieces {
-			if has {
+			if has && !d.banned[p.Node] {
 				d.available[i]++
 			}
 		}
@@ -84,8 +87,8 @@ func (d *download) fillWindow(r *run) {
 		limit = demandWindow
 	}
 	room := max(int(limit/d.st.PieceSize()), 1) - len(d.wanted)
-	if able := d.able(peers, now); room > 0 && len(able) > 0 {
-		d.askFor(r, able, room, now)
+	if room > 0 {
+		d.askFor(r, d.able(peers, now), room, now)
 	}
 }
 
@@ -131,7 +134,7 @@ func (d *download) memberOf(node string) (cluster.Member, bool) {
 	return d.f.cluster.Member(node)
 }
 
-// askFor starts bulk reads for up to room pieces. Called with d.mu held.
+// askFor starts bulk reads for up to room pieces from peers that can be asked. Called with d.mu held.
 func (d *download) askFor(r *run, able []source, room int, now time.Time) {
 	// What was asked for arrives; nothing new is while a program starts, but for what
 	// it waits for itself.
@@ -158,10 +161,7 @@ func (d *download) askFor(r *run, able []source, room int, now time.Time) {
 		reads = 1 // nothing else is left: what takes long
 		can = lacking()
 	}
-	if len(d.wanted) == 0 && len(can) > 0 {
-		// The clock of the swarm's stall starts with the first wish.
-		d.lastPeerPiece.Store(now.UnixNano())
-	}
+	d.expect(len(d.wanted) > 0 || len(can) > 0 && d.f.rows.Load() < int64(d.f.mostRows), now)
 	// Rarest first spreads what only one node has; chance among equals keeps the nodes
 	// of a crowd from all asking for the same piece.
 	rand.Shuffle(len(can), func(a, b int) { can[a], can[b] = can[b], can[a] })
@@ -255,6 +255,8 @@ func (d *download) read(ctx context.Context, w *row, h *helper) {
 
 // takeRow reads a row and takes each piece as it comes, once it was checked.
 func (d *download) takeRow(ctx context.Context, w *row) error {
+	ctx, cancel := context.WithTimeout(ctx, rowTakes)
+	defer cancel()
 	off, n := d.flightRange(&w.flight)
 	body, said, err := d.f.cluster.Open(ctx, w.from, d.desc.Digest, off, n, cluster.ReadOptions{Vouch: !d.table.knows(w.first, w.last), Silent: silentPeer})
 	if err != nil {

@@ -107,6 +107,8 @@ type download struct {
 	table     *table                  // what members say the pieces contain
 	wanted    map[int]wish            // pieces asked of peers
 	helpers   map[string]*helper      // peers that bulk reads are asked of, by node ID
+	expects   bool                    // of peers, see expect
+	distrust  time.Time               // until then peers are not counted on; zero: they are
 	available []uint16                // how many connected peers have each piece, a tick ago
 	believed  string                  // node ID of the peer that was believed last
 	attempts  int                     // digest mismatches so far

@@ -416,14 +416,14 @@ func TestWrongPiecesWithRegistry(t *testing.T) {
 		}
 		acquainted(t, 2, a, b)
 	}
-	t.Run("BitTorrent", func(t *testing.T) {
+	t.Run("bulk", func(t *testing.T) {
 		fetch(t, func(_ *testNode, victim, third *Blob) {
 			third.Fetch()
 			t.Logf("in %s", right(t, victim, data, 60*time.Second))
 			right(t, third, data, 60*time.Second)
 		})
 	})
-	t.Run("ranged reads", func(t *testing.T) {
+	t.Run("demand reads", func(t *testing.T) {
 		fetch(t, func(liar *testNode, victim, third *Blob) {
 			for off := int64(0); off < desc.Size; off += 1 << 20 {
 				for _, b := range []*Blob{victim, third} {
@@ -467,7 +467,8 @@ func TestClaimsAllGivesNothing(t *testing.T) {
 	}
 	copies := float64(r.served.Load()-before) / float64(desc.Size)
 	t.Logf("in %s, %.2f copies", time.Since(begun).Round(time.Millisecond), copies)
-	if copies > 2 {
+	// Three would be each on its own.
+	if copies > 2.5 {
 		t.Errorf("%.2f copies from the registry", copies)
 	}
 }

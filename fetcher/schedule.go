@@ -285,16 +285,34 @@ func (d *download) segmentPieces(s int) (first, last int) {
 	return s * per, min((s+1)*per, d.pieces)
 }
 
-// swarmStalled reports whether pieces are wanted of the swarm and none has come
-// for stalledAfter; it then stays so for distrustPeers. Called with d.mu.
+// expect notes whether peers have something that this node lacks and would take from
+// them now, asked for or not: a peer that was silent is left alone for a while, and that
+// is no reason to think better of the swarm. Called with d.mu.
+func (d *download) expect(yes bool, now time.Time) {
+	if yes && !d.expects && d.distrust.IsZero() {
+		d.lastPeerPiece.Store(now.UnixNano()) // the clock of a stall starts here
+	}
+	d.expects = yes
+}
+
+// swarmStalled reports whether peers have what is missing and none of it has come for
+// stalledAfter; it then stays so for distrustPeers, or until a piece comes. Called with
+// d.mu.
 func (d *download) swarmStalled(now time.Time) bool {
-	if len(d.wanted) == 0 {
-		return false
-	}
 	quiet := now.Sub(time.Unix(0, d.lastPeerPiece.Load()))
-	if quiet > stalledAfter+distrustPeers {
-		d.lastPeerPiece.Store(now.UnixNano()) // another chance
+	switch {
+	case quiet <= stalledAfter:
+		d.distrust = time.Time{}
+		return false
+	case now.Before(d.distrust):
+		return true
+	case !d.distrust.IsZero(): // another chance
+		d.distrust = time.Time{}
+		d.lastPeerPiece.Store(now.UnixNano())
+		return false
+	case !d.expects:
 		return false
 	}
-	return quiet > stalledAfter
+	d.distrust = now.Add(distrustPeers)
+	return true
 }
