@@ -11,9 +11,10 @@
 //   - the registry, asked in ranges. When other nodes fetch the same blob, each
 //     asks only for the segments it was lent (package cluster), so that the cluster
 //     as a whole takes one copy;
-//   - the swarm, BitTorrent between the nodes of the trust domain (package
-//     swarm), for bulk;
-//   - a ranged read from one node, for what somebody waits for.
+//   - the nodes of the trust domain, by ranged reads, each of pieces that the swarm
+//     (package swarm) says that node has;
+//   - open swarms, ordinary BitTorrent with anybody (package open), where an image's
+//     publisher made torrents of it.
 //
 // Reads have a [Priority]. A Demand read (a container is waiting) asks the
 // nearest holder for just these bytes and, when that one is slow, the registry

@@ -35,9 +35,8 @@ const (
 	// distrustPeers is how long the registry is asked for everything after the
 	// swarm stalled, before it is given another chance.
 	distrustPeers = 10 * time.Second
-	// window is how many bytes of pieces are asked of the swarm at a time. The
-	// library cannot take a request back, so this is what a demand read has to
-	// queue behind at worst; 16 MiB covers 50 ms ticks up to 2.5 Gbit/s.
+	// window is how many bytes of pieces are asked of peers at a time: what a demand
+	// read has to queue behind at worst; 16 MiB covers 50 ms ticks up to 2.5 Gbit/s.
 	window = 16 << 20
 	// demandWindow is the same while a container waits for reads, or has done so
 	// within demandFollows: the next read must not find the link taken by what
