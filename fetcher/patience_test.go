@@ -89,7 +89,7 @@ func TestFalsePauseDelaysTheRegistryOnly(t *testing.T) {
 	b := newNode(t, t.TempDir(), s, a.Addr().String())
 	liar := newRogue(t, s, a.Addr().String())
 	acquainted(t, 2, a, b)
-	known(t, desc.Digest, a, b)
+	known(t, desc.Digest, 1, a, b)
 	host, _ := r.origin(t).Paused()
 	if err := liar.gossip.Broadcast(jsonOf(t, notice{host, 5000})); err != nil {
 		t.Fatal(err)

@@ -73,14 +73,7 @@ func TestLieInThePieceTable(t *testing.T) {
 			others = append(others, liar)
 			victim := newNode(t, t.TempDir(), s, liar.Addr().String())
 			acquainted(t, len(others), append(others, victim)...)
-			eventually(t, "the keeper knows all holders", func() bool {
-				for _, n := range append(others, victim) {
-					if k, ok := n.cluster.Kept(desc.Digest); ok && k.Complete >= len(others) {
-						return true
-					}
-				}
-				return false
-			})
+			known(t, desc.Digest, len(others), append(others, victim)...)
 			var o Origin
 			if c.registry {
 				o = r.origin(t)

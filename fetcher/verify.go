@@ -232,7 +232,9 @@ func (d *download) mendFromPeers(r *run, pieces []int, suppliers map[int]supplie
 	}
 	wrong, err := d.compare(r.ctx, pieces, m.ID, func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
 		p := make([]byte, n)
-		if _, err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, cluster.ReadOptions{}); err != nil {
+		ctx, cancel := context.WithTimeout(ctx, rowTakes)
+		defer cancel()
+		if _, err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, cluster.ReadOptions{Silent: silentPeer}); err != nil {
 			return nil, err
 		}
 		return io.NopCloser(bytes.NewReader(p)), nil

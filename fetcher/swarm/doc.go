@@ -19,9 +19,9 @@
 //
 // Pieces that came another way are announced with [Torrent.Have]. A piece that is already held is never written.
 //
-// While a torrent has no peer, no piece and no wish, the library would not connect to anyone, and a caller that waits
-// for [Torrent.Availability] before it wishes would wait for ever. In that state the swarm itself wishes for one missing
-// piece, and takes the wish back when the first peer is there; that piece may arrive unasked.
+// While a torrent has no piece and no wish, the library would not connect to anyone, and a caller that waits for
+// [Torrent.Availability] before it wishes would wait for ever. In that state the swarm itself wishes for one missing
+// piece, and takes the wish back when all peers are connected; that piece may arrive unasked.
 //
 // # Peers
 //

@@ -154,7 +154,7 @@ func (t *Torrent) connect(lure int) int {
 	}
 	// The library dials for a torrent that wants something, or that has something and seeds.
 	idle := len(t.wanted) == 0 && !(t.s.seed && t.missing < t.pieces)
-	need := idle && len(conns) == 0 && missing > 0
+	need := idle && missing > 0 // one connection is not enough: that peer may send nothing
 	next := lure
 	switch {
 	case need && (lure < 0 || t.held[lure]):
