@@ -67,9 +67,9 @@ type download struct {
 
 	fromOrigin, fromPeers, fromCache atomic.Int64 // bytes
 	readUp                           atomic.Int64 // bytes given to peers by ranged reads
-	lastPiece                        atomic.Int64 // unix nanoseconds of the last arrival
-	lastPeerPiece                    atomic.Int64
-	begun                            atomic.Int64 // when the run began
+	lastPiece                        moment       // when the last one arrived
+	lastPeerPiece                    moment
+	begun                            moment       // when the run began
 	waiters                          atomic.Int32 // who waits for all of the blob
 	heldBack                         atomic.Int64 // how long the background fetch was put off, nanoseconds
 
@@ -316,10 +316,10 @@ func (d *download) startRun() {
 	r := &run{}
 	r.ctx, r.cancel = context.WithCancel(d.ctx)
 	d.run = r
-	now := time.Now().UnixNano()
-	d.lastPiece.Store(now)
-	d.lastPeerPiece.Store(now)
-	d.begun.Store(now)
+	now := time.Now()
+	d.lastPiece.set(now)
+	d.lastPeerPiece.set(now)
+	d.begun.set(now)
 	d.wg.Go(func() { d.schedule(r) })
 	d.wg.Go(func() { d.verify(r) })
 }
@@ -405,16 +405,16 @@ func (d *download) put(i int, p []byte, src store.Source, peer string) error {
 
 // arrived accounts for a new piece.
 func (d *download) arrived(i, n int, src store.Source, peer string) {
-	now := time.Now().UnixNano()
-	d.lastPiece.Store(now)
+	now := time.Now()
+	d.lastPiece.set(now)
 	d.f.count.arrived(src, n)
-	d.downRate.add(time.Unix(0, now), int64(n))
+	d.downRate.add(now, int64(n))
 	d.mu.Lock()
 	delete(d.wanted, i)
 	for _, o := range d.opens {
 		delete(o.wanted, i)
 		if o.name == peer {
-			o.last, o.met = time.Unix(0, now), true
+			o.last, o.met = now, true
 			o.count++
 		}
 	}
@@ -424,7 +424,7 @@ func (d *download) arrived(i, n int, src store.Source, peer string) {
 		if d.fromOpen(i) {
 			d.byOpen = true
 		} else {
-			d.lastPeerPiece.Store(now)
+			d.lastPeerPiece.set(now)
 		}
 	} else {
 		d.fromOrigin.Add(int64(n))

@@ -117,7 +117,7 @@ type Fetcher struct {
 	streams    chan struct{} // bounds bulk registry connections
 	up, down   *rate.Limiter // nil: no limit
 	demand     atomic.Int32  // demand reads under way in this process
-	lastDemand atomic.Int64  // when the last one ended, in unix nanoseconds
+	lastDemand moment        // when the last one ended
 	rows       atomic.Int64  // bulk reads under way
 	mostRows   int           // how many there may be
 	delays     delays        // of ranged reads from peers
@@ -403,7 +403,7 @@ func (f *Fetcher) sweep() {
 func (f *Fetcher) demanded() (done func()) {
 	f.demand.Add(1)
 	return func() {
-		f.lastDemand.Store(time.Now().UnixNano())
+		f.lastDemand.set(time.Now())
 		f.demand.Add(-1)
 	}
 }
@@ -411,7 +411,7 @@ func (f *Fetcher) demanded() (done func()) {
 // hot reports whether somebody waits for a demand read, or has done so within
 // the last quiet.
 func (f *Fetcher) hot(quiet time.Duration) bool {
-	return f.demand.Load() > 0 || quiet > 0 && time.Now().UnixNano()-f.lastDemand.Load() < int64(quiet)
+	return f.demand.Load() > 0 || quiet > 0 && f.lastDemand.before(time.Now()) < quiet
 }
 
 // yield waits while demand reads have the word, for at most limit.

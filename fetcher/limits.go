@@ -86,7 +86,32 @@ func (f *Fetcher) limitedBody(ctx context.Context, dg digest.Digest, r io.Reader
 	if d == nil {
 		return limitedBy(ctx, r, f.down)
 	}
-	return d.limited(ctx, r)
+	if d.down == nil && f.down == nil {
+		return r
+	}
+	return &slowReader{d.limited(ctx, r), d}
+}
+
+// slowReader is what a member sends to a node that takes it slowly.
+type slowReader struct {
+	io.Reader
+	d *download
+}
+
+func (s *slowReader) Read(p []byte) (int, error) {
+	n, err := s.Reader.Read(p)
+	if n > 0 {
+		s.d.slowly()
+	}
+	return n, err
+}
+
+// slowly notes that bytes come, though no whole piece: within this node's own limits
+// one can take longer than peers may be silent.
+func (d *download) slowly() {
+	now := time.Now()
+	d.lastPiece.set(now)
+	d.lastPeerPiece.set(now)
 }
 
 func limitedBy(ctx context.Context, r io.Reader, limits ...*rate.Limiter) io.Reader {

@@ -466,10 +466,7 @@ func (s swarmStore) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	if d.down != nil || d.f.down != nil {
-		// A whole piece can take longer than a peer may be silent.
-		now := time.Now().UnixNano()
-		d.lastPiece.Store(now)
-		d.lastPeerPiece.Store(now)
+		d.slowly()
 	}
 	return d.st.WriteAt(p, off)
 }

@@ -145,7 +145,7 @@ func (d *download) originUsable(now time.Time) bool {
 
 // stuck says why the fetch cannot go on; nil while it may. Called with d.mu.
 func (d *download) stuck(now time.Time) error {
-	quiet := now.Sub(time.Unix(0, d.lastPiece.Load()))
+	quiet := d.lastPiece.before(now)
 	if d.origin != nil && (d.originErr == nil || !d.originRetry.IsZero() && d.originFails < originPatience) {
 		return nil // the registry's own deadlines hold
 	}
@@ -289,7 +289,7 @@ func (d *download) segmentPieces(s int) (first, last int) {
 // is no reason to think better of the swarm. Called with d.mu.
 func (d *download) expect(yes bool, now time.Time) {
 	if yes && !d.expects && d.distrust.IsZero() {
-		d.lastPeerPiece.Store(now.UnixNano()) // the clock of a stall starts here
+		d.lastPeerPiece.set(now) // the clock of a stall starts here
 	}
 	d.expects = yes
 }
@@ -298,7 +298,7 @@ func (d *download) expect(yes bool, now time.Time) {
 // stalledAfter; it then stays so for distrustPeers, or until a piece comes. Called with
 // d.mu.
 func (d *download) swarmStalled(now time.Time) bool {
-	quiet := now.Sub(time.Unix(0, d.lastPeerPiece.Load()))
+	quiet := d.lastPeerPiece.before(now)
 	switch {
 	case quiet <= stalledAfter:
 		d.distrust = time.Time{}
@@ -307,7 +307,7 @@ func (d *download) swarmStalled(now time.Time) bool {
 		return true
 	case !d.distrust.IsZero(): // another chance
 		d.distrust = time.Time{}
-		d.lastPeerPiece.Store(now.UnixNano())
+		d.lastPeerPiece.set(now)
 		return false
 	case !d.expects:
 		return false

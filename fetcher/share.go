@@ -84,9 +84,9 @@ func (d *download) shareOf(now time.Time) *share {
 		return w
 	}
 	w.distrust = d.swarmStalled(now)
-	w.idle = now.Sub(time.Unix(0, d.lastPiece.Load()))
+	w.idle = d.lastPiece.before(now)
 	if heard := d.keeper.answered; heard.IsZero() {
-		w.idle = max(w.idle, now.Sub(time.Unix(0, d.begun.Load()))-keeperSilent+stalledAfter)
+		w.idle = max(w.idle, d.begun.before(now)-keeperSilent+stalledAfter)
 	}
 	w.members = len(d.f.cluster.Members()) + 1
 	return w

@@ -351,7 +351,7 @@ func (t *table) unsay(node string) {
 // other and no registry to ask: one after the other is asked and believed alone. It
 // reports whether that changed anything.
 func (d *download) takeTurns(now time.Time) bool {
-	if now.Sub(time.Unix(0, d.lastPiece.Load())) < stalledAfter {
+	if d.lastPiece.before(now) < stalledAfter {
 		return false
 	}
 	t := d.table
