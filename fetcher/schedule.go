@@ -41,7 +41,7 @@ const (
 	// demandWindow is the same while a container waits for reads, or has done so
 	// within demandFollows: the next read must not find the link taken by what
 	// was asked for in between. It still moves 200 Mbit/s and more.
-	demandWindow  = 1 << 20
+	demandWindow  = 512 << 10
 	demandFollows = time.Second
 	// streamsPerBlob is how many registry streams one blob uses: two hide the
 	// round trip between requests.

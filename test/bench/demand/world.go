@@ -162,6 +162,10 @@ func (w *world) read(ctx context.Context, l load) (res result, err error) {
 	if err != nil {
 		return res, err
 	}
+	// What the reader keeps of the layer, and of the other one.
+	if err := bench.TouchMemory(2 * c.Layer.Size); err != nil {
+		return res, err
+	}
 	var out bytes.Buffer
 	p, err := w.rig.Start(ctx, rig.Command{
 		Name: fmt.Sprintf("reader-%s-%d", filepath.Base(w.dir), w.readers), Path: self,
