@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-
-	"github.com/docker-quay/docker-quay/fetcher/swarm"
 )
 
 const (
@@ -87,7 +85,7 @@ func (t *Torrent) deliver(i int) {
 	if err != nil && t.st.Has(i) { // it came by other means since; that is no trouble
 		err = nil
 	}
-	off := errors.Is(err, swarm.ErrPutOff)
+	off := errors.Is(err, ErrPutOff)
 	t.mu.Lock()
 	delete(t.delivering, i)
 	switch {
@@ -101,7 +99,7 @@ func (t *Torrent) deliver(i int) {
 	switch {
 	case err == nil, off:
 		t.wake()
-	case errors.Is(err, swarm.ErrBadPiece):
+	case errors.Is(err, ErrBadPiece):
 		t.end(err)
 	default:
 		t.fail(err)

@@ -5,8 +5,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/docker-quay/docker-quay/fetcher/swarm"
 )
 
 // The storage may know better than the metainfo.
@@ -17,7 +15,7 @@ func TestStorageRefusesAPiece(t *testing.T) {
 	seeder := newSwarm(t, Options{Seed: true})
 	add(t, seeder, p, newMemory(l).fill())
 	m := newMemory(l)
-	m.mark = func(int, string) error { return swarm.ErrBadPiece }
+	m.mark = func(int, string) error { return ErrBadPiece }
 	tl := add(t, newSwarm(t, Options{}), p, m)
 	tl.AddPeers(addrOf(seeder))
 	tl.Want(1)
@@ -35,7 +33,7 @@ func TestStoragePutsAPieceOff(t *testing.T) {
 	var put atomic.Int32
 	m.mark = func(i int, _ string) error {
 		if i == 1 && put.Add(1) == 1 {
-			return swarm.ErrPutOff
+			return ErrPutOff
 		}
 		return nil
 	}

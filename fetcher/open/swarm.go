@@ -17,7 +17,6 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/docker-quay/docker-quay/fetcher/published"
-	"github.com/docker-quay/docker-quay/fetcher/swarm"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 )
 
@@ -29,13 +28,28 @@ var (
 	// ErrMismatch says that the layer's bytes and the metainfo's piece hashes contradict each other: the torrent is of something
 	// else, or, while the layer is not verified, its bytes so far are wrong. The torrent neither downloads nor uploads any more.
 	ErrMismatch = errors.New("the torrent is not of this layer")
+	// ErrBadPiece is what a Storage wraps when MarkPiece refuses a piece for its content: it knows better than the metainfo, and the torrent
+	// ends with ErrMismatch.
+	ErrBadPiece = errors.New("the piece has the wrong content")
+	// ErrPutOff is what a Storage wraps when MarkPiece refuses a piece for now: the wish for it ends, and no more. The piece stays in memory
+	// while there is room.
+	ErrPutOff = errors.New("the piece is not taken now")
 )
 
-// Storage is where a layer's pieces are: the same as that of the closed swarm. Here only pieces that were wished for are written, only
-// with bytes that matched the metainfo, and MarkPiece is told Torrent.Supplier. A MarkPiece that wraps swarm.ErrBadPiece
-// ends the torrent with ErrMismatch: it knows better than the metainfo. One that wraps swarm.ErrPutOff ends the wish, and no more: the
-// piece stays in memory while there is room.
-type Storage = swarm.Storage
+// Storage is where a layer's pieces are. Offsets are within the layer. All methods must be safe for concurrent use. Only pieces that were
+// wished for are written, and only with bytes that matched the metainfo.
+type Storage interface {
+	// ReadAt reads bytes of pieces that are held, as io.ReaderAt.
+	ReadAt(p []byte, off int64) (int, error)
+	// WriteAt writes part of one piece that is not held, as io.WriterAt. When the piece was marked by other means in the meantime it may
+	// return any error; the bytes are then forgotten.
+	WriteAt(p []byte, off int64) (int, error)
+	// Has reports whether piece i is held. It is asked for often and must be quick.
+	Has(i int) bool
+	// MarkPiece makes piece i, now wholly written, a held one, or returns why not: see ErrBadPiece and ErrPutOff. Any other error is taken for
+	// trouble with the disk. By is Torrent.Supplier.
+	MarkPiece(i int, by string) error
+}
 
 // Options are what New needs. The zero value is of use: any port, trackers as in the metainfo, no discovery, no seeding.
 type Options struct {
