@@ -253,9 +253,7 @@ func (d *download) progress(desc ocispec.Descriptor) Progress {
 	tor := d.tor
 	d.mu.Unlock()
 	if tor != nil {
-		s := tor.Stats()
-		p.Peers = s.Peers
-		p.Uploaded += s.Uploaded
+		p.Peers = tor.Connections()
 	}
 	for _, o := range d.openNow() {
 		s := o.tor.Stats()

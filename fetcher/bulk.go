@@ -59,9 +59,9 @@ type wish struct {
 }
 
 // fillWindow keeps peers busy with pieces that they have, rarest first, and no more
-// than a window of them. BitTorrent tells who has which; the bytes come by ranged
-// reads, since the library's pipeline of requests runs dry whenever peers get new
-// pieces: of four nodes on 200 Mbit/s links some stood at half speed for seconds.
+// than a window of them. The swarm tells who has which; the bytes come by ranged
+// reads, since a BitTorrent client's pipeline of requests runs dry whenever peers get
+// new pieces: of four nodes on 200 Mbit/s links some stood at half speed for seconds.
 func (d *download) fillWindow(r *run) {
 	tor := d.torrent()
 	if tor == nil {
@@ -243,7 +243,7 @@ func (d *download) read(ctx context.Context, w *row, h *helper) {
 			d.log.Info("a peer was asked for pieces and sends nothing: others are asked", "peer", w.from.ID)
 		}
 		pause := min(shunPeer<<min(h.fails, 10), shunMost)
-		if errors.Is(err, swarm.ErrPutOff) {
+		if errors.Is(err, errPutOff) {
 			pause = shunPeer // it did send; whether that was right others judge
 		} else {
 			h.fails++
@@ -285,11 +285,11 @@ func (d *download) takePiece(ctx context.Context, i int, p []byte, from string) 
 	bad := d.banned[from]
 	d.mu.Unlock()
 	if bad {
-		return fmt.Errorf("%w: piece %d came from %s, which sent wrong bytes before", swarm.ErrPutOff, i, from)
+		return fmt.Errorf("%w: piece %d came from %s, which sent wrong bytes before", errPutOff, i, from)
 	}
-	w, err := d.table.wait(ctx, i, []string{from})
+	w, err := d.table.wait(ctx, i, from)
 	if err != nil {
-		return fmt.Errorf("%w: %w", swarm.ErrPutOff, err)
+		return fmt.Errorf("%w: %w", errPutOff, err)
 	}
 	if err := d.table.check(i, p, w, from); err != nil {
 		return err

@@ -396,9 +396,7 @@ func (d *download) put(i int, p []byte, src store.Source, peer string) error {
 		return fmt.Errorf("%s: %w", d.what(), err)
 	}
 	d.arrived(i, len(p), src, peer)
-	if tor := d.torrent(); tor != nil {
-		tor.Have(i)
-	}
+	d.tell(i)
 	d.tellOpen(i, peer)
 	return nil
 }

@@ -59,7 +59,7 @@ func (f *Fetcher) Layer(ctx context.Context, ref reference.Named, desc ocispec.D
 		e.Login = &cluster.Login{Username: user, Secret: secret}
 	}
 	b.over = f.sendFor(b.d, e, access)
-	b.d.enter() // a read that finds no holder leaves its wish with the swarm
+	b.d.enter() // a read that finds no holder hears from the swarm when there is one
 	b.Fetch()
 	return b, nil
 }

@@ -204,10 +204,10 @@ func (f *Fetcher) join() (err error) {
 	if err != nil {
 		return err
 	}
-	bulk, in, out := f.o.places()
+	forSwarm, in, out := f.o.places()
 	f.swarm, err = swarm.New(swarm.Options{
-		ID: f.id, Listener: f.listener.Swarm(), Seed: !f.o.NoSeed, Unknown: f.connects,
-		UploadLimit: f.up, DownloadLimit: f.down, Connections: bulk, ConnectionsPerTorrent: f.o.perBlob(), Log: f.log,
+		ID: f.id, Listener: f.listener.Swarm(), Unknown: f.connects,
+		Connections: forSwarm, ConnectionsPerTorrent: f.o.perBlob(), Log: f.log,
 	})
 	if err != nil {
 		return err
@@ -268,7 +268,7 @@ func (f *Fetcher) Close() error {
 		d.stop()
 	}
 	if f.swarm != nil {
-		_ = f.swarm.Close()
+		f.swarm.Close()
 	}
 	f.closeOpenSwarms()
 	if f.listener != nil {

@@ -307,7 +307,7 @@ func TestForgedLeavesGetNothing(t *testing.T) {
 			}
 		})
 	}
-	if s := n.Stats(); s.UploadedReads != 0 || s.UploadedSwarm != 0 || s.Members != 0 || s.Kept != kept {
+	if s := n.Stats(); s.Uploaded != 0 || s.Members != 0 || s.Kept != kept {
 		t.Errorf("strangers left traces: %+v", s)
 	}
 	// The same requests by a member: what is tested above is the door.

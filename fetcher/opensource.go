@@ -11,7 +11,6 @@ import (
 
 	"github.com/docker-quay/docker-quay/fetcher/open"
 	"github.com/docker-quay/docker-quay/fetcher/published"
-	"github.com/docker-quay/docker-quay/fetcher/swarm"
 )
 
 const (
@@ -32,21 +31,6 @@ const (
 	openLook = time.Second
 	// torrentSupplier begins the name of a torrent as the supplier of a piece: see open.Torrent.Supplier.
 	torrentSupplier = "torrent:"
-)
-
-// pieceSwarm is what a closed and an open swarm have in common for a download.
-type pieceSwarm interface {
-	Want(i int)
-	Unwant(i int)
-	Have(i int)
-	Lost(i int)
-	Availability() []uint16
-	Drop()
-}
-
-var (
-	_ pieceSwarm = (*swarm.Torrent)(nil)
-	_ pieceSwarm = (*open.Torrent)(nil)
 )
 
 // openSource is one open swarm of a download. Its fields are guarded by the download's mu, but those that never change.

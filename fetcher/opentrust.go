@@ -8,7 +8,6 @@ import (
 
 	"github.com/docker-quay/docker-quay/fetcher/open"
 	"github.com/docker-quay/docker-quay/fetcher/store"
-	"github.com/docker-quay/docker-quay/fetcher/swarm"
 )
 
 // dropTorrent ends the use of a torrent for this blob: what it says is not of the blob. Never called by a method of openStore.
@@ -71,11 +70,8 @@ func (d *download) otherTorrent() bool {
 
 // settleOpen is for the end of a fetch: members may now have what came by torrents, and torrents that contradict the blob are wrong.
 func (d *download) settleOpen(came []int) {
-	tor := d.torrent()
 	for _, i := range came {
-		if tor != nil {
-			tor.Have(i)
-		}
+		d.tell(i)
 	}
 	for _, o := range d.openNow() {
 		if errors.Is(o.tor.Stats().Err, open.ErrMismatch) {
@@ -107,7 +103,7 @@ func (s openStore) MarkPiece(i int, by string) error {
 	bad := d.banned[by] || s.o.out
 	d.mu.Unlock()
 	if bad {
-		return fmt.Errorf("%w: piece %d came by %s, which is not believed", swarm.ErrPutOff, i, by)
+		return fmt.Errorf("%w: piece %d came by %s, which is not believed", open.ErrPutOff, i, by)
 	}
 	if err := d.st.MarkPiece(i, store.Peer); err != nil {
 		return err

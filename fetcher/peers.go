@@ -55,13 +55,21 @@ func (d *download) enter() {
 		return
 	}
 	d.joined = true
-	tor, err := d.f.swarm.Add(d.desc.Digest, d.desc.Size, d.st.PieceSize(), swarmStore{d})
+	has := func(i int) bool { return !d.f.o.NoSeed && d.st.Has(i) && d.vouched(i, i+1) }
+	tor, err := d.f.swarm.Add(d.desc.Digest, d.desc.Size, d.st.PieceSize(), has)
 	if err != nil {
 		d.log.Warn("no swarm for this blob", "err", err)
 		return
 	}
 	d.tor = tor
 	d.addPeers()
+}
+
+// tell says in the swarm that this node has a piece, unless it gives none.
+func (d *download) tell(i int) {
+	if tor := d.torrent(); tor != nil && !d.f.o.NoSeed {
+		tor.Have(i)
+	}
 }
 
 // addPeers tells the swarm the participants' addresses. Called with d.mu.
@@ -389,7 +397,7 @@ func (h holder) ReadHeld(ctx context.Context, w io.Writer, vouch func([]cluster.
 		n, err := w.Write(p)
 		d.readUp.Add(int64(n))
 		d.upRate.add(time.Now(), int64(n))
-		h.f.count.upReads.Add(int64(n))
+		h.f.count.uploaded.Add(int64(n))
 		if err != nil {
 			return err
 		}
@@ -439,59 +447,4 @@ func (f *Fetcher) serving(ctx context.Context, dg digest.Digest) *download {
 func (d *download) piecesOf(off, n int64) (first, last int) {
 	ps := d.st.PieceSize()
 	return int(off / ps), int((off + n - 1) / ps)
-}
-
-// swarmStore is the blob as the swarm sees it.
-type swarmStore struct{ d *download }
-
-func (s swarmStore) Has(i int) bool { return s.d.st.Has(i) }
-
-// ReadAt reads what is sent to a peer. It waits for the blob's upload limit: the
-// swarm itself has one for all blobs together only.
-func (s swarmStore) ReadAt(p []byte, off int64) (int, error) {
-	if err := pay(s.d.ctx, s.d.up, len(p)); err != nil {
-		return 0, err
-	}
-	n, err := s.d.st.ReadAt(p, off)
-	s.d.upRate.add(time.Now(), int64(n))
-	s.d.f.count.upSwarm.Add(int64(n))
-	return n, err
-}
-
-// WriteAt takes what a peer sent, and what comes next waits for the blob's download
-// limit: the connection is not read meanwhile.
-func (s swarmStore) WriteAt(p []byte, off int64) (int, error) {
-	d := s.d
-	if err := pay(d.ctx, d.down, len(p)); err != nil {
-		return 0, err
-	}
-	if d.down != nil || d.f.down != nil {
-		d.slowly()
-	}
-	return d.st.WriteAt(p, off)
-}
-
-func (s swarmStore) MarkPiece(i int, peer string) error {
-	d := s.d
-	if d.st.Has(i) {
-		return nil
-	}
-	d.mu.Lock()
-	bad := d.banned[peer]
-	d.mu.Unlock()
-	if bad {
-		return fmt.Errorf("%w: piece %d came from %s, which sent wrong bytes before", swarm.ErrPutOff, i, peer)
-	}
-	said, err := d.table.wait(d.ctx, i, swarm.Suppliers(peer))
-	if err != nil {
-		return fmt.Errorf("%w: %w", swarm.ErrPutOff, err)
-	}
-	err = d.st.MarkPieceIf(i, store.Peer, func(p []byte) error { return d.table.check(i, p, said, peer) })
-	if err != nil {
-		return err
-	}
-	_, n := d.st.PieceRange(i)
-	d.arrived(i, int(n), store.Peer, peer)
-	d.tellOpen(i, peer)
-	return nil
 }

@@ -52,9 +52,8 @@ type Stats struct {
 	// FromOrigin and FromPeers are bytes of pieces that were fetched, FromCache
 	// those that were here already when somebody asked for a blob.
 	FromOrigin, FromPeers, FromCache int64
-	// UploadedSwarm and UploadedReads are bytes given to other nodes, by BitTorrent
-	// and by ranged reads.
-	UploadedSwarm, UploadedReads int64
+	// Uploaded is bytes given to other nodes.
+	Uploaded int64
 	// Leases is how many segments are lent to this node now; LeaseRequests how
 	// often it asked for some, Leased how many it got in all.
 	Leases                int
@@ -82,7 +81,7 @@ type Stats struct {
 // counts are the sums behind Stats. The zero value is ready.
 type counts struct {
 	fromOrigin, fromPeers, fromCache atomic.Int64
-	upSwarm, upReads                 atomic.Int64
+	uploaded                         atomic.Int64
 	asked, lent                      atomic.Int64
 	demandPeers, demandOrigin        histogram
 	demandFailed                     atomic.Int64
@@ -146,8 +145,7 @@ func (f *Fetcher) Stats() Stats {
 	c := &f.count
 	s := Stats{
 		FromOrigin: c.fromOrigin.Load(), FromPeers: c.fromPeers.Load(), FromCache: c.fromCache.Load(),
-		UploadedSwarm: c.upSwarm.Load(), UploadedReads: c.upReads.Load(),
-		LeaseRequests: c.asked.Load(), Leased: c.lent.Load(),
+		Uploaded: c.uploaded.Load(), LeaseRequests: c.asked.Load(), Leased: c.lent.Load(),
 		DemandPeers: c.demandPeers.get(), DemandOrigin: c.demandOrigin.get(), DemandFailed: c.demandFailed.Load(),
 		Hedges: c.hedges.Load(), WrongPieces: c.wrong.Load(), Bans: make(map[BanReason]int64, len(banReasons)),
 	}

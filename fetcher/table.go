@@ -6,14 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
 	"github.com/docker-quay/docker-quay/fetcher/store"
-	"github.com/docker-quay/docker-quay/fetcher/swarm"
 )
 
 const (
@@ -35,8 +33,13 @@ const (
 	strikesOut = 3
 )
 
-// errNoWord: no member that is to be believed says what a piece contains.
-var errNoWord = errors.New("nobody vouches for the piece")
+var (
+	// errNoWord: no member that is to be believed says what a piece contains.
+	errNoWord = errors.New("nobody vouches for the piece")
+	// errPutOff: a piece came, and is not taken now. Whether that is a fault of who sent
+	// it others judge.
+	errPutOff = errors.New("the piece is not taken now")
+)
 
 // word is what a member says one piece contains.
 type word struct {
@@ -221,28 +224,15 @@ func (t *table) learn(said []cluster.Statement) (n int) {
 	return n
 }
 
-// askOne asks one of some nodes, chosen at random, about pieces.
-func (t *table) askOne(ctx context.Context, nodes []string, pieces []int) {
+// ask asks a node about pieces.
+func (t *table) ask(ctx context.Context, node string, pieces []int) {
 	d := t.d
 	d.mu.Lock()
-	var ms []cluster.Member
-	for _, id := range nodes {
-		if p := d.parts[id]; p != nil && !d.banned[id] {
-			ms = append(ms, p.Member)
-		}
-	}
+	m, ok := d.memberOf(node)
 	d.mu.Unlock()
-	if len(ms) == 0 {
-		for _, m := range d.f.cluster.Members() {
-			if slices.Contains(nodes, m.ID) {
-				ms = append(ms, m)
-			}
-		}
-	}
-	if len(ms) == 0 {
+	if !ok {
 		return
 	}
-	m := ms[rand.IntN(len(ms))]
 	ctx, cancel := context.WithTimeout(ctx, tableWait)
 	defer cancel()
 	said, err := d.f.cluster.Statements(ctx, m, d.desc.Digest, d.desc.Size, pieces)
@@ -255,9 +245,9 @@ func (t *table) askOne(ctx context.Context, nodes []string, pieces []int) {
 	t.learn(said)
 }
 
-// wait returns the word about a piece that came from some suppliers, who are
-// asked for it first when it is not here.
-func (t *table) wait(ctx context.Context, i int, suppliers []string) (word, error) {
+// wait returns the word about a piece that came from a peer, which is asked for it
+// first when it is not here.
+func (t *table) wait(ctx context.Context, i int, from string) (word, error) {
 	ctx, cancel := context.WithTimeout(ctx, tableWait)
 	defer cancel()
 	asked := false
@@ -271,7 +261,7 @@ func (t *table) wait(ctx context.Context, i int, suppliers []string) (word, erro
 			return w, nil
 		case !asked:
 			asked = true
-			t.askOne(ctx, suppliers, []int{i})
+			t.ask(ctx, from, []int{i})
 			continue
 		}
 		select {
@@ -290,7 +280,7 @@ func (t *table) check(i int, p []byte, w word, peer string) error {
 	t.d.f.count.wrong.Add(1)
 	t.d.log.Warn("a piece is not what was said of it", "piece", i, "from", peer, "said_by", w.by)
 	t.d.wg.Go(func() { t.d.judge(i, w, peer) })
-	return fmt.Errorf("%w: piece %d from %s is not what %s said of it", swarm.ErrPutOff, i, peer, w.by)
+	return fmt.Errorf("%w: piece %d from %s is not what %s said of it", errPutOff, i, peer, w.by)
 }
 
 // judge finds out who is wrong about a piece, its supplier or who signed the word
@@ -319,8 +309,7 @@ func (d *download) judge(i int, w word, peer string) {
 			}
 		}
 	}
-	// Of a piece by several nobody knows whose part was wrong.
-	if one := swarm.Suppliers(peer); len(one) == 1 && one[0] != w.by && d.table.strike(dispute{peer, w.by}) {
+	if peer != w.by && d.table.strike(dispute{peer, w.by}) {
 		d.banFor(peer, Disputed)
 	}
 }

@@ -345,12 +345,11 @@ func (d *download) blameFor(signer, supplier string) {
 	d.ban(supplier)
 }
 
-// ban stops asking a peer for this blob. A piece that several peers supplied
-// parts of ("a+b", see swarm.Storage) proves nothing against one of them.
+// ban stops asking a peer for this blob.
 func (d *download) ban(peer string) { d.banFor(peer, WrongBytes) }
 
 func (d *download) banFor(peer string, why BanReason) {
-	if peer == "" || strings.Contains(peer, "+") {
+	if peer == "" {
 		return
 	}
 	if strings.HasPrefix(peer, torrentSupplier) {

@@ -17,7 +17,7 @@ import (
 func TestMetrics(t *testing.T) {
 	s := fetcher.Stats{
 		Members: 3, Swarms: 7, Fetches: 2, Kept: 5, SwarmConnections: 12, ConnectionsIn: 1, ConnectionsOut: 4,
-		FromOrigin: 1 << 20, FromPeers: 2 << 20, FromCache: 3 << 20, UploadedSwarm: 4 << 20, UploadedReads: 5 << 20,
+		FromOrigin: 1 << 20, FromPeers: 2 << 20, FromCache: 3 << 20, Uploaded: 5 << 20,
 		Leases: 2, LeaseRequests: 9, Leased: 8, DemandFailed: 1, Hedges: 6, WrongPieces: 11,
 		Bans:        map[fetcher.BanReason]int64{fetcher.WrongBytes: 1, fetcher.FalseTable: 2, fetcher.Disputed: 0},
 		ControlSent: 100, ControlReceived: 200, RegistryPauses: 13, RegistriesPaused: 1,
@@ -62,7 +62,7 @@ func TestMetrics(t *testing.T) {
 		`quay_connections{kind="swarm"} 12`, `quay_connections{kind="http-in"} 1`, `quay_connections{kind="http-out"} 4`,
 		`quay_fetched_bytes_total{source="origin"} 1.048576e+06`, `quay_fetched_bytes_total{source="peer"} 2.097152e+06`,
 		`quay_fetched_bytes_total{source="cache"} 3.145728e+06`,
-		`quay_uploaded_bytes_total{kind="swarm"} 4.194304e+06`, `quay_uploaded_bytes_total{kind="read"} 5.24288e+06`,
+		`quay_uploaded_bytes_total 5.24288e+06`,
 		"quay_leases 2", "quay_lease_requests_total 9", "quay_leases_total 8",
 		`quay_demand_read_seconds_bucket{source="peer",le="0.0005"} 3`, `quay_demand_read_seconds_bucket{source="peer",le="+Inf"} 4`,
 		`quay_demand_read_seconds_sum{source="peer"} 0.5`, `quay_demand_read_seconds_count{source="origin"} 0`,

@@ -99,15 +99,6 @@ func (b *Blob) MarkPiece(i int, src Source) error {
 	return b.state.mark(i, src, nil)
 }
 
-// MarkPieceIf is MarkPiece for a caller that wants to see the piece's bytes first: check gets them, all of the piece and valid only
-// during the call, and its error leaves the piece missing and is wrapped in what MarkPieceIf returns.
-func (b *Blob) MarkPieceIf(i int, src Source, check func(piece []byte) error) error {
-	if b.closed.Load() {
-		return ErrClosed
-	}
-	return b.state.markIf(i, src, check)
-}
-
 // MarkPieceCRC is MarkPiece for a caller that has the CRC-32C (Castagnoli) of the piece's bytes: nothing is read back. A wrong CRC costs
 // the piece at the first open after a machine crash.
 func (b *Blob) MarkPieceCRC(i int, src Source, crc uint32) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"math/bits"
 	"os"
@@ -158,35 +157,6 @@ func (st *state) put(p []byte, off int64) (int, error) {
 // mark makes piece i held; crc nil: read it back. The record is written after the data, by plain writes: a killed process has both in
 // the kernel in that order, and a machine crash is what the CRC is for.
 func (st *state) mark(i int, src Source, crc *uint32) error {
-	return st.markBy(i, src, func() (uint32, error) {
-		if crc != nil {
-			return *crc, nil
-		}
-		return st.checksum(context.Background(), i)
-	})
-}
-
-// checked holds the bytes of pieces under check, of the largest size.
-var checked = sync.Pool{New: func() any { b := make([]byte, 1<<20); return &b }}
-
-func (st *state) markIf(i int, src Source, check func([]byte) error) error {
-	return st.markBy(i, src, func() (uint32, error) {
-		bp := checked.Get().(*[]byte)
-		defer checked.Put(bp)
-		off, n := pieceRange(st.size, i)
-		p := (*bp)[:n]
-		if _, err := io.ReadFull(io.NewSectionReader(st.data, off, n), p); err != nil {
-			return 0, err
-		}
-		if err := check(p); err != nil {
-			return 0, err
-		}
-		return crc32.Checksum(p, castagnoli), nil
-	})
-}
-
-// markBy is mark with the CRC-32C to be had by sum, which runs while nobody writes to the piece.
-func (st *state) markBy(i int, src Source, sum func() (uint32, error)) error {
 	if i < 0 || i >= len(st.sources) || src < Cache || src > Peer {
 		return fmt.Errorf("mark piece %d of blob %s (%d pieces) from %s: no such piece or source", i, st.digest, len(st.sources), src)
 	}
@@ -204,7 +174,7 @@ func (st *state) markBy(i int, src Source, sum func() (uint32, error)) error {
 	st.busy[i] = -1
 	st.mu.Unlock()
 
-	err := st.record(i, src, sum)
+	err := st.record(i, src, crc)
 
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -220,13 +190,16 @@ func (st *state) markBy(i int, src Source, sum func() (uint32, error)) error {
 	return nil
 }
 
-func (st *state) record(i int, src Source, sum func() (uint32, error)) error {
-	crc, err := sum()
-	if err != nil {
-		return err
+func (st *state) record(i int, src Source, crc *uint32) error {
+	if crc == nil {
+		read, err := st.checksum(context.Background(), i)
+		if err != nil {
+			return err
+		}
+		crc = &read
 	}
-	b := encodeRecord(i, crc, src)
-	_, err = st.pieces.WriteAt(b[:], recordOffset(i))
+	b := encodeRecord(i, *crc, src)
+	_, err := st.pieces.WriteAt(b[:], recordOffset(i))
 	return err
 }
 

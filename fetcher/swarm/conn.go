@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/anacrolix/torrent"
@@ -147,24 +146,17 @@ func (l listener) Accept() (net.Conn, error) {
 //
 //   - holds the peer to its identity: the peer ID in its BitTorrent handshake must be that of its certificate,
 //   - cuts connections of banned peers in that handshake, where the torrent is first named,
-//   - applies the download limit,
 //   - never fails to set a deadline: the library panics on that, and a connection may be closed at any time. The read
 //     or write that follows fails anyway.
 type conn struct {
 	*tls.Conn
-	s      *Swarm
-	peer   torrent.PeerID // proven
-	ctx    context.Context
-	cancel context.CancelFunc // by Close
-	once   sync.Once
+	s    *Swarm
+	peer torrent.PeerID // proven
+	once sync.Once
 
 	// handshake holds what was read of the peer's BitTorrent handshake; nil when it has been checked. It is used by one
 	// reader at a time.
 	handshake []byte
-
-	torrent atomic.Pointer[Torrent] // that it is for, from the handshake on
-	// What was read, in bytes; how long reads waited for the peer, in nanoseconds; and since when one does now, 0 when none.
-	got, waited, waiting atomic.Int64
 }
 
 // newConn wraps a connection whose TLS handshake is done. The caller closes tc on error.
@@ -186,7 +178,6 @@ func (s *Swarm) newConn(tc *tls.Conn) (*conn, error) {
 	if s.fullLocked() {
 		return nil, errFull
 	}
-	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	s.conns[c] = struct{}{}
 	return c, nil
 }
@@ -199,7 +190,7 @@ const (
 )
 
 func (c *conn) Read(p []byte) (int, error) {
-	n, err := c.receive(p)
+	n, err := c.Conn.Read(p)
 	if c.handshake != nil && n > 0 {
 		c.handshake = append(c.handshake, p[:min(n, handshakeSize-len(c.handshake))]...)
 		if len(c.handshake) == handshakeSize {
@@ -209,9 +200,6 @@ func (c *conn) Read(p []byte) (int, error) {
 			}
 			c.handshake = nil
 		}
-	}
-	if c.s.down != nil {
-		c.pace(n)
 	}
 	return n, err
 }
@@ -232,28 +220,12 @@ func (c *conn) check(h []byte) error {
 	if t != nil && t.isBanned(c.peer) {
 		return fmt.Errorf("node %s is banned from %s", nodeOf(c.peer), t.digest)
 	}
-	c.torrent.Store(t)
 	return nil
-}
-
-// pace waits until n more bytes are within the download limit, or the connection is closed.
-func (c *conn) pace(n int) {
-	for n > 0 {
-		k := n
-		if burst := c.s.down.Burst(); burst > 0 {
-			k = min(k, burst)
-		}
-		if c.s.down.WaitN(c.ctx, k) != nil {
-			return
-		}
-		n -= k
-	}
 }
 
 func (c *conn) Close() error {
 	var err error
 	c.once.Do(func() {
-		c.cancel()
 		err = c.Conn.Close()
 		c.s.mu.Lock()
 		delete(c.s.conns, c)

@@ -1,43 +1,37 @@
-// Package swarm moves blobs between the nodes of a cluster in bulk, over BitTorrent inside mutual TLS.
+// Package swarm tells which node of a cluster holds which piece of which blob.
+//
+// It speaks the part of BitTorrent that is made for that (BEP 3), inside mutual TLS: the handshake, which names the blob, the bitfield, in
+// which a peer lists its pieces, and HAVE, by which it tells of one more at once. No piece of a blob is ever asked for, given or taken
+// this way: a node requests nothing and unchokes nobody. Who wants a piece reads it from one of those that hold it, by other means.
 //
 // # A swarm without a torrent file
 //
-// The info dictionary of a blob is made from its descriptor alone: digest, size and piece size (see [Infohash]). Every
-// node knows the infohash the moment it knows what it wants, so cold nodes are one swarm at once, with no tracker, no
-// publisher and no first downloader. The piece hashes in the dictionary are placeholders: they say nothing of the
-// content. Whether a piece is good is for its [Storage] to say, and whether the blob is, for its digest. That is safe
-// only among members, hence the TLS: see package trust.
+// The info dictionary of a blob is made from its descriptor alone: digest, size and piece size (see [Infohash]). Every node knows the
+// infohash the moment it knows what it wants, so cold nodes are one swarm at once, with no tracker, no publisher and no first downloader.
+// The piece hashes in the dictionary are placeholders: they say nothing of the content. That a peer says it holds a piece does not mean
+// that it does, nor that the piece is right.
 //
-// # The life of a piece
+// # What a node tells
 //
-// The caller names the pieces that it wants from peers ([Torrent.Want]); nothing else is asked for (but see below). Chunks
-// arrive from one or more peers and go to Storage.WriteAt, concurrently. When all are written, Storage.MarkPiece is
-// called once with the piece's suppliers. If it returns nil the piece is held: peers are told (HAVE) and may ask for it.
-// If it returns an error wrapping [ErrBadPiece], the piece is fetched again, and a sole supplier is banned. Any other
-// error, and any of WriteAt, is taken for trouble with the disk: the torrent stops downloading for a few seconds and
-// shows the error in its [Stats].
-//
-// Pieces that came another way are announced with [Torrent.Have]. A piece that is already held is never written.
-//
-// While a torrent has no piece and no wish, the library would not connect to anyone, and a caller that waits for
-// [Torrent.Availability] before it wishes would wait for ever. In that state the swarm itself wishes for one missing
-// piece, and takes the wish back when all peers are connected; that piece may arrive unasked.
+// What is held when the blob is added ([Swarm.Add]), and from then on what [Torrent.Have] and [Torrent.Lost] say. Who connects gets it all,
+// who is connected hears of each piece that is new. For a piece that is gone BitTorrent has no word: the torrent's connections are closed
+// instead, and the next bitfield is right. That takes a second or so, and does not happen when the piece is there again by then.
 //
 // # Peers
 //
-// Peers are addresses ([Torrent.AddPeers]) until they are connected, and node IDs (trust.PeerID) from then on. The
-// peer ID of the BitTorrent handshake carries the node ID, and a connection on which it differs from the TLS identity
-// is cut, so a node ID in [Stats], MarkPiece or [Torrent.Ban] is proven. An incomplete torrent tries those of its peers that are
-// not connected about once a second, since a peer refuses connections for a torrent that it has not been given yet; an
-// address at which no peer is found is tried more and more rarely, down to twice a minute.
+// Peers are addresses ([Torrent.AddPeers]) until they are connected, and node IDs (trust.PeerID) from then on. The peer ID of the
+// BitTorrent handshake carries the node ID, and a connection on which it differs from the TLS identity is cut, so a node ID in
+// [Torrent.Peers] or [Torrent.Ban] is proven. An incomplete torrent tries those of its peers that are not connected about once a second,
+// since a peer refuses connections for a torrent that it has not been given yet; an address at which no peer is found is tried more and
+// more rarely, down to twice a minute. A torrent that has all pieces dials nobody, and two that have all do not stay connected.
+//
+// The library dials only for a torrent that wants data which it may download. Here every torrent wants all pieces that it lacks, and then
+// downloading is forbidden to it: it keeps looking for peers that have them, and never asks.
 //
 // # Locks
 //
-// No method of Storage is called with a lock of the swarm or of the library held. Have, Lost, Want and Unwant only note
-// what is to be done (one goroutine per torrent does it), never block, and may be called from within Storage methods
-// and with the caller's locks held. The other methods of Torrent may wait for the library and should be called with no
-// lock held that a Storage method takes. Drop and Close wait for Storage methods in progress: never call them from one.
-// After Drop has returned, no method of the torrent's Storage is called any more.
+// Have and Lost only note what is to be done (one goroutine per torrent does it), never block, and may be called with the caller's locks
+// held, as may AddPeers. The other methods of Torrent may wait for the library.
 //
-// The package knows nothing of registries, of who owns which piece, or of when a peer is worth waiting for.
+// The package knows nothing of registries, of bytes, or of who is worth asking.
 package swarm

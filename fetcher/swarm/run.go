@@ -21,114 +21,86 @@ func (t *Torrent) run() {
 	defer close(t.stopped)
 	retry := time.NewTimer(0)
 	defer retry.Stop()
-	lure := -1      // the piece wanted only to be let connect; -1 when none
-	paused := false // downloads are off
-	var progress progress
-	due := true
+	due := false
 	for {
 		t.settle()
-		complete, fresh, failed := t.state()
-		if !failed.IsZero() && !paused {
-			t.lib.DisallowDataDownload()
-			paused = true
-		}
-		if paused && time.Since(failed) >= retryStorage {
-			t.mu.Lock()
-			t.failed = time.Time{}
-			t.mu.Unlock()
-			t.lib.AllowDataDownload()
-			paused = false
-		}
+		complete, fresh := t.state()
 		switch {
 		case complete:
-			lure = -1
 			retry.Stop()
+		case due && t.cutLost():
+			retry.Reset(lostPause) // until the connections are gone
 		case due:
-			t.resync()
-			t.shunSilent(time.Now())
-			progress.nudge(t, time.Now())
-			lure = t.connect(lure)
+			t.connect()
 			retry.Reset(retryPeers*3/4 + rand.N(retryPeers/2))
-		case fresh || lure >= 0:
-			lure = t.connect(lure)
+		case fresh:
+			t.connect()
 		}
+		due = false
 		select {
 		case <-t.ctx.Done():
 			return
 		case <-t.kick:
-			// A torrent that was complete has no timer; it needs one if it is so no longer.
-			due = complete
+			if complete { // it has no timer, and needs one if it is so no longer
+				retry.Reset(lostPause)
+			}
 		case <-retry.C:
 			due = true
 		}
 	}
 }
 
-func (t *Torrent) state() (complete, newPeers bool, failed time.Time) {
+func (t *Torrent) state() (complete, newPeers bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	newPeers, t.newPeers = t.newPeers, false
-	return t.missing == 0, newPeers, t.failed
+	return t.missing == 0, newPeers
 }
 
-// settle tells the library what changed since it was last told.
+// settle tells the library which pieces have come or gone since it was last told, and the library tells peers of those that have come.
 func (t *Torrent) settle() {
 	for {
 		t.mu.Lock()
-		changed, wishes := t.changed, t.wishes
-		if len(changed)+len(wishes) == 0 {
+		changed := t.changed
+		if len(changed) == 0 {
 			t.mu.Unlock()
 			return
 		}
-		t.changed, t.wishes = make(map[int]bool), make(map[int]bool)
+		t.changed = make(map[int]bool)
 		t.mu.Unlock()
 		for i := range changed {
-			t.lib.Piece(i).UpdateCompletion() // tells peers, and hashes nothing
-		}
-		for i, want := range wishes {
-			t.setPriority(i, want)
+			t.lib.Piece(i).UpdateCompletion()
 		}
 	}
 }
 
-func (t *Torrent) setPriority(i int, want bool) {
-	p := torrent.PiecePriorityNone
-	if want {
-		p = torrent.PiecePriorityNormal
-	}
-	t.lib.Piece(i).SetPriority(p)
+// want has the library look for peers that have the pieces missing now, see the package comment. While downloads are forbidden it forgets
+// the wish for each piece that comes, and makes none for one that goes.
+func (t *Torrent) want() {
+	t.lib.AllowDataDownload()
+	t.lib.DownloadAll()
+	t.lib.DisallowDataDownload()
 }
 
-// resync finds pieces that the storage got without Have being called (while Add ran), and looks once more at those that
-// were lost: the library may have been completing one at that very moment.
-func (t *Torrent) resync() {
+// cutLost closes the torrent's connections if peers were told of pieces that are gone, and reports whether it did.
+func (t *Torrent) cutLost() bool {
 	t.mu.Lock()
-	for i := range t.lost {
-		t.changed[i] = true
-	}
+	lost := len(t.lost) > 0
 	clear(t.lost)
-	var missing []int
-	for i, held := range t.held {
-		if !held {
-			missing = append(missing, i)
-		}
-	}
 	t.mu.Unlock()
-	if !t.enter() {
-		return
+	if !lost {
+		return false
 	}
-	defer t.leave()
-	for _, i := range missing {
-		if t.st.Has(i) {
-			t.setHave(i)
-			t.wake()
-		}
+	t.settle() // first: who comes back must not hear the same again
+	for _, pc := range t.lib.PeerConns() {
+		pc.Close()
 	}
+	t.want()
+	return true
 }
 
-// connect has the library dial the peers that are not connected, and returns the lure in use after it: see the package
-// comment on the wish that the swarm makes itself.
-func (t *Torrent) connect(lure int) int {
+// connect has the library dial the peers that are not connected.
+func (t *Torrent) connect() {
 	conns := t.lib.PeerConns()
 	connected := make(map[torrent.PeerID]bool, len(conns))
 	for _, pc := range conns {
@@ -136,54 +108,23 @@ func (t *Torrent) connect(lure int) int {
 	}
 
 	now := time.Now()
-	missing := 0
 	t.mu.Lock()
 	infos := make([]torrent.PeerInfo, 0, len(t.peers))
 	for ap, a := range t.peers {
 		id, known := t.s.nodeAt(ap)
-		if known && (id == t.s.self || connected[id] || t.banned[id] || t.shunned(id)) {
+		if known && (id == t.s.self || connected[id] || t.banned[id]) {
 			a.tries, a.next = 0, time.Time{}
 			continue
 		}
 		// A member that answers there only does not know the blob yet.
-		if missing++; !known && now.Before(a.next) {
+		if !known && now.Before(a.next) {
 			continue
 		}
 		a.tried(now)
 		infos = append(infos, torrent.PeerInfo{Addr: a.addr, Source: torrent.PeerSourceDirect, Trusted: true})
 	}
-	// The library dials for a torrent that wants something, or that has something and seeds.
-	idle := len(t.wanted) == 0 && !(t.s.seed && t.missing < t.pieces)
-	need := idle && missing > 0 // one connection is not enough: that peer may send nothing
-	next := lure
-	switch {
-	case need && (lure < 0 || t.held[lure]):
-		next = t.someMissing()
-	case !need:
-		next = -1
-	}
-	drop := lure >= 0 && lure != next && !t.wanted[lure]
 	t.mu.Unlock()
-
-	if drop {
-		t.setPriority(lure, false)
-	}
-	if next >= 0 && next != lure {
-		t.setPriority(next, true)
-	}
 	if len(infos) > 0 {
 		t.lib.AddPeers(infos)
 	}
-	return next
-}
-
-// someMissing is the index of a piece that is not held, at random; −1 when all are. Needs mu.
-func (t *Torrent) someMissing() int {
-	from := rand.IntN(t.pieces)
-	for k := range t.pieces {
-		if i := (from + k) % t.pieces; !t.held[i] {
-			return i
-		}
-	}
-	return -1
 }

@@ -12,10 +12,6 @@ import (
 )
 
 const (
-	// chunkSize is what one request asks for, in bytes. All peers here are nodes of the cluster, so it need not be the 16 KiB
-	// that every client accepts: with 128 KiB eight nodes spent a quarter less CPU on the same bytes.
-	chunkSize = 128 << 10
-
 	// dialTimeout bounds TCP connect plus TLS handshake. Nodes of a cluster are near; with the library's 20 s a dead peer would
 	// hold one of the half-open places for as long.
 	dialTimeout = 5 * time.Second
@@ -40,15 +36,10 @@ const (
 	// maxNodes bounds the addresses of which is remembered who answered; it is learnt again by dialling.
 	maxNodes = 1 << 14
 
-	// retryStorage is how long a torrent does not download after its storage failed: long enough not to fetch the same
-	// bytes in a loop while a disk is full, short enough that freeing space helps at once.
-	retryStorage = 5 * time.Second
-
-	// pieceHashers is how many pieces of one torrent are marked side by side.
-	pieceHashers = 8
-
-	// closeTimeout bounds Close when a Storage method does not return (a dead disk).
-	closeTimeout = 10 * time.Second
+	// lostPause is how long a torrent waits after it cut its connections for pieces that are gone, until it dials anew: the library lets go
+	// of a connection only when its goroutine has ended. A torrent that was complete waits as long before it cuts them, since pieces go
+	// many at a time, and often come back at once.
+	lostPause = 100 * time.Millisecond
 )
 
 // libraryConfig is the configuration of the torrent library. Each line that leaves its default has its reason.
@@ -69,21 +60,11 @@ func (s *Swarm) libraryConfig(o Options) *torrent.ClientConfig {
 	// TLS encrypts already. Obfuscation on top costs CPU, and would hide the handshake that conn checks.
 	c.HeaderObfuscationPolicy = torrent.HeaderObfuscationPolicy{Preferred: false, RequirePreferred: true}
 
-	// Off. With the default of 64 MiB cold nodes that wait for each other's pieces stall: 256 MiB to 4 and 8 nodes took 17.6–21 s,
-	// without it 11.6–12.0 s (bound 10.7 s). Our pieces are marked as soon as they are whole anyway.
-	c.MaxUnverifiedBytes = 0
+	// Nothing is uploaded, to nobody: the library keeps all peers choked and does not answer their requests.
+	c.NoUpload = true
 
-	// A Storage may wait for what a piece is to be checked against; with the default of 2 such pieces would keep others
-	// from being marked.
-	c.PieceHashersPerTorrent = pieceHashers
-
-	// Upload whether or not the other side gives anything back: a cluster is not a market. Not seeding is NoUpload: with
-	// Seed off alone the library would still upload in exchange while it downloads.
-	c.Seed = o.Seed
-	c.NoUpload = !o.Seed
-
-	// The library's own rule turns connections away while no torrent needs data or has any. A cold node would refuse the
-	// seeder that calls on it.
+	// The library's own rule turns connections away while no torrent needs data. A node that has everything would refuse those that want to
+	// know.
 	c.AlwaysWantConns = true
 
 	// Two nodes that dial each other at once keep one connection, the same one on both sides.
@@ -99,29 +80,16 @@ func (s *Swarm) libraryConfig(o Options) *torrent.ClientConfig {
 	c.NominalDialTimeout = dialTimeout
 	c.HandshakesTimeout = protocolTimeout
 
-	// Only the fast extension (HAVE ALL, reject) and the extended handshake, which negotiates the depth of request queues.
-	c.Extensions = pp.NewPeerExtensionBytes(pp.ExtensionBitFast, pp.ExtensionBitLtep)
-	c.ExtendedHandshakeClientVersion = "docker-quay"
+	// No extensions. By the fast one (BEP 6) nodes would allow each other requests of some pieces, and then reject them; the extended
+	// handshake (BEP 10) is for metadata, which every node makes itself, and for the queues of requests.
+	c.Extensions = pp.NewPeerExtensionBytes()
 	c.PeerID = string(s.self[:])
 
 	// Without one the library would open a piece database in the working directory.
 	c.DefaultStorage = noStorage{}
 
-	// The download limit is applied by conn instead: given to the library, it stops dialling while the limit is reached.
-	c.DownloadRateLimiter = nil
-	if o.UploadLimit != nil {
-		// A request larger than the burst would be refused for ever.
-		if o.UploadLimit.Burst() < chunkSize {
-			o.UploadLimit.SetBurst(chunkSize)
-		}
-		c.UploadRateLimiter = o.UploadLimit
-	}
-
 	c.Slogger = slog.New(quietHandler{s.log.Handler()})
-	c.Callbacks.PeerConnAdded = append(c.Callbacks.PeerConnAdded, s.onPeer)
-	c.Callbacks.SentRequest = append(c.Callbacks.SentRequest, func(e torrent.PeerRequestEvent) { s.requested(e, 1) })
-	c.Callbacks.DeletedRequest = append(c.Callbacks.DeletedRequest, func(e torrent.PeerRequestEvent) { s.requested(e, -1) })
-	c.Callbacks.ReceivedUsefulData = append(c.Callbacks.ReceivedUsefulData, s.onData)
+	c.Callbacks.PeerConnAdded = append(c.Callbacks.PeerConnAdded, onPeer)
 	return c
 }
 

@@ -6,12 +6,15 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/anacrolix/torrent"
 	"github.com/anacrolix/torrent/metainfo"
 	pp "github.com/anacrolix/torrent/peer_protocol"
+	"github.com/anacrolix/torrent/storage"
 	"golang.org/x/time/rate"
 
 	"github.com/docker-quay/docker-quay/fetcher/trust"
@@ -28,7 +31,7 @@ func stranger(t *testing.T, dial func(context.Context, string) (net.Conn, error)
 	c.ListenHost = func(string) string { return "127.0.0.1" }
 	c.ListenPort = 0
 	c.DialRateLimiter = rate.NewLimiter(rate.Inf, 0)
-	c.DialForPeerConns = dial == nil
+	c.DialForPeerConns, c.Seed = dial == nil, true
 	c.Slogger = noLog()
 	cl, err := torrent.NewClient(c)
 	if err != nil {
@@ -48,13 +51,38 @@ func (f dialFunc) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	return f(ctx, addr)
 }
 
-// addBlob gives a stranger the blob and wishes for all of it.
-func addBlob(t *testing.T, cl *torrent.Client, m *memory) *torrent.Torrent {
+// pretend is the storage of a stranger: it has all of a blob or nothing, and counts what is read and written.
+type pretend struct {
+	whole         bool
+	read, written atomic.Int64
+}
+
+func (p *pretend) OpenTorrent(context.Context, *metainfo.Info, metainfo.Hash) (storage.TorrentImpl, error) {
+	return storage.TorrentImpl{
+		Piece: func(metainfo.Piece) storage.PieceImpl { return p },
+		Close: func() error { return nil },
+	}, nil
+}
+
+func (p *pretend) Completion() storage.Completion {
+	return storage.Completion{Ok: true, Complete: p.whole}
+}
+func (p *pretend) ReadAt(b []byte, _ int64) (int, error) {
+	p.read.Add(int64(len(b)))
+	return len(b), nil
+}
+func (p *pretend) WriteAt(b []byte, _ int64) (int, error) {
+	p.written.Add(int64(len(b)))
+	return len(b), nil
+}
+func (p *pretend) MarkComplete() error    { return nil }
+func (p *pretend) MarkNotComplete() error { return nil }
+
+// addBlob gives a stranger the blob; it wants what it has not.
+func addBlob(t *testing.T, cl *torrent.Client, b blob, st *pretend) *torrent.Torrent {
 	t.Helper()
-	info := infoBytes(m.blob.digest, int64(len(m.blob.data)), pieceSize)
-	owner := newTorrent(&Swarm{ctx: t.Context()}, metainfo.HashBytes(info), m.blob.digest, int64(len(m.blob.data)), pieceSize, m)
 	to, _ := cl.AddTorrentOpt(torrent.AddTorrentOpts{
-		InfoHash: owner.infohash, InfoBytes: info, Storage: pieceStorage{owner}, DisableInitialPieceCheck: true,
+		InfoHash: Infohash(b.digest, b.size, pieceSize), InfoBytes: infoBytes(b.digest, b.size, pieceSize), Storage: st, DisableInitialPieceCheck: true,
 	})
 	if to.Info() == nil {
 		t.Fatal("the stranger does not take the info dictionary")
@@ -63,10 +91,10 @@ func addBlob(t *testing.T, cl *torrent.Client, m *memory) *torrent.Torrent {
 	return to
 }
 
-// Who is outside the cluster gets no byte, whatever it knows and however it comes.
-func TestStrangersGetNothing(t *testing.T) {
+// Who is outside the cluster hears nothing, whatever it knows and however it comes.
+func TestStrangersHearNothing(t *testing.T) {
 	t.Parallel()
-	b := newBlob(1<<20, 30)
+	b := newBlob("strangers", 4)
 	foreign, err := trust.NewSecret().Identity()
 	if err != nil {
 		t.Fatal(err)
@@ -90,67 +118,86 @@ func TestStrangersGetNothing(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			seeder := newNode(t)
-			ts := seeder.add(t, newMemory(b).fillAll())
-			m := newMemory(b)
+			ts := seeder.add(t, b, all)
 			cl := stranger(t, c.dial)
-			to := addBlob(t, cl, m)
+			to := addBlob(t, cl, b, &pretend{})
 			// It tries again and again, for a second.
-			never(t, "a stranger is connected or gets something", time.Second, func() bool {
+			never(t, "a stranger is connected or hears something", time.Second, func() bool {
 				to.AddPeers([]torrent.PeerInfo{{Addr: net.TCPAddrFromAddrPort(seeder.addr), Trusted: true}})
 				st := to.Stats()
-				return len(m.marked) > 0 || st.BytesReadData.Int64() != 0 || st.BytesRead.Int64() != 0 ||
-					ts.Stats().Peers != 0 || ts.Stats().Uploaded != 0
+				return st.BytesRead.Int64() != 0 || ts.Connections() != 0
 			})
 			// And the other way round: we do not speak to it, told its address or not.
 			for _, a := range cl.ListenAddrs() {
 				ap := netip.MustParseAddrPort(a.String())
 				leecher := newNode(t)
-				ml := newMemory(b)
-				tl := leecher.add(t, ml)
+				tl := leecher.add(t, b, none)
 				tl.AddPeers([]netip.AddrPort{ap})
-				wantAll(tl)
-				never(t, "a stranger is taken for a peer", 500*time.Millisecond, func() bool {
-					return tl.Stats().Peers != 0 || len(ml.marked) > 0
-				})
+				never(t, "a stranger is taken for a peer", 500*time.Millisecond, func() bool { return tl.Connections() != 0 })
 			}
 		})
 	}
 }
 
-// The stranger of the tests above does get the blob when it holds the secret: it is only the secret that keeps it out.
-func TestMemberWithAnotherClientGetsTheBlob(t *testing.T) {
-	b := newBlob(1<<20, 31)
-	seeder := newNode(t)
-	seeder.add(t, newMemory(b).fillAll())
-	id, err := secret.Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
-	self, err := peerIDOf(id.ID())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, honest := range []bool{true, false} {
-		m := newMemory(b)
-		cl := stranger(t, func(ctx context.Context, addr string) (net.Conn, error) {
-			c, err := (&tls.Dialer{Config: id.Client(trust.ProtoSwarm)}).DialContext(ctx, "tcp", addr)
+// The stranger of the tests above is a peer when it holds the secret: it is only the secret that keeps it out. But a member with another
+// client, which asks for pieces and gives some to whom it likes, neither gets nor brings a byte of them.
+func TestMemberWithAnotherClient(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		whole  bool // it has all pieces and this node none, else the other way round
+		honest bool // its peer ID is that of its certificate
+	}{
+		{"one that takes", false, true},
+		{"one that gives", true, true},
+		{"an impostor", true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			b := newBlob(c.name, 4)
+			n := newNode(t)
+			has, theirs := all, "----"
+			if c.whole {
+				has, theirs = none, "++++"
+			}
+			own := n.add(t, b, has) // and in the end no piece has crossed
+			id, err := secret.Identity()
 			if err != nil {
-				return nil, err
+				t.Fatal(err)
 			}
-			if honest {
-				c = &renamed{Conn: c, id: self}
+			self, err := peerIDOf(id.ID())
+			if err != nil {
+				t.Fatal(err)
 			}
-			return c, nil
+			cl := stranger(t, func(ctx context.Context, addr string) (net.Conn, error) {
+				conn, err := (&tls.Dialer{Config: id.Client(trust.ProtoSwarm)}).DialContext(ctx, "tcp", addr)
+				if err == nil && c.honest {
+					conn = &renamed{Conn: conn, id: self}
+				}
+				return conn, err
+			})
+			st := &pretend{whole: c.whole}
+			to := addBlob(t, cl, b, st)
+			call := func() { to.AddPeers([]torrent.PeerInfo{{Addr: net.TCPAddrFromAddrPort(n.addr), Trusted: true}}) }
+			if !c.honest {
+				never(t, "an impostor is taken for a peer", 500*time.Millisecond, func() bool {
+					call()
+					return len(own.Peers()) != 0
+				})
+				return
+			}
+			call()
+			hears(t, own, &node{id: id}, theirs)
+			wait(t, "word of this node's pieces", func() bool {
+				conns := to.PeerConns()
+				return len(conns) == 1 && conns[0].PeerPieces().GetCardinality() == uint64(strings.Count(theirs, "-"))
+			})
+			// Time enough to be unchoked, to ask and to be answered.
+			never(t, "a piece crosses, or the connection ends", time.Second, func() bool {
+				s := to.Stats()
+				return st.read.Load()+st.written.Load()+s.BytesReadData.Int64()+s.BytesWrittenData.Int64() != 0 || len(to.PeerConns()) != 1
+			})
 		})
-		to := addBlob(t, cl, m)
-		to.AddPeers([]torrent.PeerInfo{{Addr: net.TCPAddrFromAddrPort(seeder.addr), Trusted: true}})
-		if honest {
-			wait(t, "complete", m.complete)
-			m.check(t)
-		} else { // its peer ID is not that of its certificate
-			never(t, "an impostor gets something", 500*time.Millisecond, func() bool { return len(m.marked) > 0 })
-		}
-		cl.Close()
 	}
 }
 

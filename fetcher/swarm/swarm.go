@@ -14,7 +14,6 @@ import (
 	"github.com/anacrolix/torrent"
 	"github.com/anacrolix/torrent/metainfo"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/time/rate"
 
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 )
@@ -24,29 +23,10 @@ var (
 	ErrClosed = errors.New("the swarm is closed")
 	// ErrExists is the error of Add for a blob that is in the swarm already.
 	ErrExists = errors.New("the blob is in the swarm already")
-	// ErrBadPiece is what a Storage wraps when MarkPiece refuses a piece for its content; see the package comment.
-	ErrBadPiece = errors.New("the piece has the wrong content")
-	// ErrPutOff is what a Storage wraps when MarkPiece refuses a piece without a fault of who supplied it: it is fetched
-	// again, from anybody.
-	ErrPutOff = errors.New("the piece is not taken now")
 
 	// errFull is why a connection is neither dialled nor kept.
 	errFull = errors.New("this node has as many connections as it may")
 )
-
-// Storage is where a torrent's pieces are. Offsets are within the blob. All methods must be safe for concurrent use.
-type Storage interface {
-	// ReadAt reads bytes of pieces that are held, as io.ReaderAt.
-	ReadAt(p []byte, off int64) (int, error)
-	// WriteAt writes part of one piece that is not held, as io.WriterAt. When the piece was marked by other means in the
-	// meantime it may return any error; the bytes are then forgotten.
-	WriteAt(p []byte, off int64) (int, error)
-	// Has reports whether piece i is held. It is asked for often and must be quick.
-	Has(i int) bool
-	// MarkPiece makes piece i, now wholly written, a held one, or returns why not. Peer says who supplied it: the node ID
-	// of the peer, or several joined as Suppliers takes them apart.
-	MarkPiece(i int, peer string) error
-}
 
 // Options are what New needs.
 type Options struct {
@@ -55,15 +35,9 @@ type Options struct {
 	// Listener yields connections whose TLS handshake is done, as trust.Listener.Swarm does. The Swarm closes it. Nil: this
 	// node only dials.
 	Listener net.Listener
-	// UploadLimit and DownloadLimit bound the rates of all torrents together, in bytes of content (up) and of the wire
-	// within TLS (down) per second; nil for no limit. They may be shared and changed while in use. An UploadLimit with a
-	// burst below 16 KiB is given one of 16 KiB.
-	UploadLimit, DownloadLimit *rate.Limiter
 	// Connections bounds those of all torrents together, in both directions; those beyond it are not dialled, and closed when
 	// they come in. ConnectionsPerTorrent bounds those of one blob. 0: no bound of all, the library's 50 for one.
 	Connections, ConnectionsPerTorrent int
-	// Seed lets peers download from this node. Without it not a byte of content is uploaded, at any time.
-	Seed bool
 	// Unknown is asked when a member connects for an infohash that is not in the swarm: it may Add the blob and return
 	// true. It runs on the connection's goroutine and must be quick. Nil: such connections are refused.
 	Unknown func(metainfo.Hash) bool
@@ -73,12 +47,9 @@ type Options struct {
 
 // Swarm is this node's part in the swarms of all its blobs. It is safe for concurrent use.
 type Swarm struct {
-	id   *trust.Identity
 	self torrent.PeerID
 	tls  *tls.Config
-	down *rate.Limiter
 	most int // connections; 0: no bound
-	seed bool
 	ask  func(metainfo.Hash) bool
 	log  *slog.Logger
 	lib  *torrent.Client
@@ -105,11 +76,8 @@ func New(o Options) (*Swarm, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Swarm{
-		id:       o.ID,
 		tls:      o.ID.Client(trust.ProtoSwarm),
-		down:     o.DownloadLimit,
 		most:     o.Connections,
-		seed:     o.Seed,
 		ask:      o.Unknown,
 		log:      o.Log,
 		ln:       o.Listener,
@@ -138,15 +106,15 @@ func New(o Options) (*Swarm, error) {
 	return s, nil
 }
 
-// Add makes the blob known: peers that ask for it are served what st holds, and pieces wanted are downloaded into it.
-// Size and pieceSize are in bytes and above 0. Pieces that st already has count as held and are not read. For pieces
-// that st gets by other means while Add runs, and ever after, call Have. The error wraps ErrExists or ErrClosed.
-func (s *Swarm) Add(d digest.Digest, size, pieceSize int64, st Storage) (*Torrent, error) {
+// Add makes the blob known: members that ask for it are told which pieces this node holds. Size and pieceSize are in bytes and above 0. Has
+// tells what is held to begin with; it is called during Add only. For pieces that come or go while Add runs, and ever after, call Have or
+// Lost. The error wraps ErrExists or ErrClosed.
+func (s *Swarm) Add(d digest.Digest, size, pieceSize int64, has func(i int) bool) (*Torrent, error) {
 	if size <= 0 || pieceSize <= 0 {
 		return nil, fmt.Errorf("%s: a blob of %d bytes in pieces of %d cannot be shared", d, size, pieceSize)
 	}
 	info := infoBytes(d, size, pieceSize)
-	t := newTorrent(s, metainfo.HashBytes(info), d, size, pieceSize, st)
+	t := newTorrent(s, metainfo.HashBytes(info), d, size, pieceSize, has)
 
 	s.mu.Lock()
 	switch {
@@ -157,14 +125,13 @@ func (s *Swarm) Add(d digest.Digest, size, pieceSize int64, st Storage) (*Torren
 		s.mu.Unlock()
 		return nil, fmt.Errorf("%s: %w", d, ErrExists)
 	}
-	s.torrents[t.infohash] = t // before the library has it, so that its callbacks find it
+	s.torrents[t.infohash] = t // before the library has it: members may connect for it at once
 	s.mu.Unlock()
 
 	lib, _ := s.lib.AddTorrentOpt(torrent.AddTorrentOpts{
 		InfoHash:  t.infohash,
 		InfoBytes: info,
 		Storage:   pieceStorage{t},
-		ChunkSize: chunkSize,
 		// Completion is always known; were it not, this would keep the library from reading the whole blob.
 		DisableInitialPieceCheck: true,
 	})
@@ -176,15 +143,14 @@ func (s *Swarm) Add(d digest.Digest, size, pieceSize int64, st Storage) (*Torren
 		close(t.ready)
 		return nil, fmt.Errorf("%s: BitTorrent cannot share a blob of %d bytes in pieces of %d", d, size, pieceSize)
 	}
-	lib.SetOnWriteChunkError(t.fail)
+	t.want()
 	close(t.ready)
 	go t.run()
 	return t, nil
 }
 
-// Close ends all torrents and connections and waits for what was started; at most 10 s, should a Storage hang. The
-// Storages are no longer used when it returned nil. It can be called more than once.
-func (s *Swarm) Close() error {
+// Close ends all torrents and connections and waits for what was started. It can be called more than once.
+func (s *Swarm) Close() {
 	s.mu.Lock()
 	first := !s.closed
 	s.closed = true
@@ -193,31 +159,22 @@ func (s *Swarm) Close() error {
 		torrents = append(torrents, t)
 	}
 	s.mu.Unlock()
-	if first {
-		s.cancel()
-		go func() {
-			defer close(s.done)
-			for _, t := range torrents {
-				t.quit()
-			}
-			s.lib.Close()
-		}()
+	if !first {
+		<-s.done
+		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
-	var err error
-	select {
-	case <-s.done:
-	case <-ctx.Done():
-		err = fmt.Errorf("the swarm did not close in %v: a storage does not answer", closeTimeout)
+	s.cancel()
+	for _, t := range torrents {
+		t.quit()
 	}
+	s.lib.Close()
+	close(s.done)
 	for _, c := range s.openConns() {
 		c.Close()
 	}
 	if s.ln != nil {
 		s.ln.Close()
 	}
-	return err
 }
 
 // Connections is the number of open connections of all torrents.
@@ -263,23 +220,10 @@ func (s *Swarm) forget(t *Torrent) {
 }
 
 // onPeer is called by the library, under its lock, when a connection has joined a torrent.
-func (s *Swarm) onPeer(pc *torrent.PeerConn) {
-	// No extensions: metadata is derived, peer exchange is off, and hole punching has nodes dial on a peer's word.
+func onPeer(pc *torrent.PeerConn) {
+	// The library answers extended messages (BEP 10) also when they were not agreed on, and hole punching has it dial on a peer's word. With
+	// no extension it hangs up instead.
 	pc.LocalLtepProtocolMap = &torrent.LocalLtepProtocolMap{}
-	if t := s.torrent(pc.Torrent().InfoHash()); t != nil {
-		t.wake()
-	}
-}
-
-// onData is called by the library, under its lock, for each chunk that was of use, before it is written.
-func (s *Swarm) onData(e torrent.ReceivedUsefulDataEvent) {
-	pc, ok := e.Peer.TryAsPeerConn()
-	if !ok {
-		return
-	}
-	if t := s.torrent(e.Peer.Torrent().InfoHash()); t != nil {
-		t.supplied(int(e.Message.Index), pc.PeerID, int64(len(e.Message.Piece)))
-	}
 }
 
 // peerIDPrefix begins the BitTorrent peer ID of every node; the 16 bytes of the node ID follow.

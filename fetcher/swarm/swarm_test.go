@@ -2,15 +2,16 @@ package swarm
 
 import (
 	"errors"
+
 	"runtime"
 	"slices"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/anacrolix/torrent/metainfo"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/time/rate"
 )
 
 // The infohash is how nodes of all versions find each other: these values never change.
@@ -40,170 +41,157 @@ func TestInfohashGolden(t *testing.T) {
 	}
 }
 
-func TestSeederToLeecher(t *testing.T) {
-	b := newBlob(8<<20+12345, 1)
-	seeder, leecher := newNode(t), newNode(t)
-	ms, ml := newMemory(b).fillAll(), newMemory(b)
-	ts, tl := seeder.add(t, ms), leecher.add(t, ml)
-	if ts.Infohash() != tl.Infohash() || ts.Infohash() != Infohash(b.digest, int64(len(b.data)), pieceSize) {
+// Who connects is told everything, in both directions, whoever dialled. Every test of this package ends with the check that no piece came
+// along.
+func TestPeersTellWhatTheyHold(t *testing.T) {
+	t.Parallel()
+	b := newBlob("told", 9)
+	whole, part, empty := newNode(t), newNode(t), newNode(t)
+	tw, tp, te := whole.add(t, b, all), part.add(t, b, some(0, 8)), empty.add(t, b, none)
+	if tw.Infohash() != te.Infohash() || tw.Infohash() != Infohash(b.digest, b.size, pieceSize) {
 		t.Error("infohashes differ")
 	}
-	if st := ts.lib.Stats(); st.BytesHashed.Int64() != 0 {
-		t.Errorf("%v bytes were hashed at Add", &st.BytesHashed)
+	te.AddPeers(addrs(whole, part, empty)) // itself among them
+	te.AddPeers(addrs(whole))
+	tp.AddPeers(addrs(whole))
+	const everything, ends, nothing = "+++++++++", "+-------+", "---------"
+	hears(t, te, whole, everything)
+	hears(t, te, part, ends)
+	hears(t, tp, whole, everything)
+	hears(t, tp, empty, nothing)
+	hears(t, tw, part, ends)
+	hears(t, tw, empty, nothing)
+	never(t, "a piece is fetched", 300*time.Millisecond, func() bool { return heard(tw, empty) != nothing })
+	if n := tw.Connections(); n != 2 || te.Connections() != 2 || tp.Connections() != 2 {
+		t.Errorf("%d, %d and %d connections", n, te.Connections(), tp.Connections())
 	}
-	tl.AddPeers(addrs(seeder, leecher)) // itself among them
-	tl.AddPeers(addrs(seeder))
-	wait(t, "availability", func() bool { return tl.Availability()[0] == 1 })
-	wantAll(tl)
-	wait(t, "complete", ml.complete)
-	ml.check(t)
-	for i, from := range ml.from {
-		if from != seeder.id.ID() && ml.held[i] {
-			t.Errorf("piece %d is said to come from %q, want %q", i, from, seeder.id.ID())
-		}
-	}
-	s := tl.Stats()
-	if s.Downloaded != int64(len(b.data)) || s.Wasted != 0 || s.Uploaded != 0 || s.Err != nil ||
-		s.PerPeer[seeder.id.ID()] != s.Downloaded || len(s.PerPeer) != 1 {
-		t.Errorf("leecher %+v", s)
-	}
-	if s := ts.Stats(); s.Uploaded != int64(len(b.data)) || s.Downloaded != 0 || len(s.PerPeer) != 0 {
-		t.Errorf("seeder %+v", s)
-	}
-	wait(t, "both complete, no connection", func() bool { return tl.Stats().Peers == 0 && ts.Stats().Peers == 0 })
-	if _, err := leecher.Add(b.digest, int64(len(b.data)), pieceSize, ml); !errors.Is(err, ErrExists) {
+	if _, err := whole.Add(b.digest, b.size, pieceSize, all); !errors.Is(err, ErrExists) {
 		t.Errorf("second Add: %v", err)
 	}
 }
 
-// Only what is wanted arrives (and at most the one piece that the swarm wishes for itself), also after Unwant.
-func TestWantIsAWindow(t *testing.T) {
-	b := newBlob(8<<20, 2)
-	seeder, leecher := newNode(t), newNode(t)
-	ml := newMemory(b)
-	seeder.add(t, newMemory(b).fillAll())
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	tl.Want(3)
-	tl.Want(31)
-	tl.Want(7)
-	tl.Unwant(7)
-	wait(t, "pieces 3 and 31", func() bool { return ml.Has(3) && ml.Has(31) })
-	never(t, "a piece arrives that nobody wants", 500*time.Millisecond, func() bool { return len(ml.marked) > 2 })
-	tl.Want(7)
-	wait(t, "piece 7", func() bool { return ml.Has(7) })
-}
-
-// Each of three nodes has a third, as when each fetched its share from the origin; all complete, with one copy up per copy down.
-func TestThreeNodesCompleteEachOther(t *testing.T) {
-	b := newBlob(12<<20, 3)
-	var nodes []*node
-	for range 3 {
-		nodes = append(nodes, newNode(t))
-	}
-	var mem []*memory
-	var tor []*Torrent
-	for k, n := range nodes {
-		m := newMemory(b)
-		for i := k; i < b.pieces(); i += 3 {
-			m.fill(i)
-		}
-		mem = append(mem, m)
-		tor = append(tor, n.add(t, m))
-	}
-	for k := range nodes {
-		tor[k].AddPeers(addrs(nodes...))
-		wantAll(tor[k])
-	}
-	for k := range nodes {
-		wait(t, "all complete", mem[k].complete)
-		mem[k].check(t)
-	}
-	for k := range nodes {
-		s := tor[k].Stats()
-		if want := int64(len(b.data)) * 2 / 3; s.Downloaded < want-pieceSize || s.Downloaded > want+pieceSize {
-			t.Errorf("node %d downloaded %d, want about %d", k, s.Downloaded, want)
-		}
-	}
-}
-
-// Pieces that come from elsewhere while the torrent runs are announced, and asked for by those who wait.
-func TestHaveIsAnnounced(t *testing.T) {
-	b := newBlob(4<<20, 4)
-	src, dst := newNode(t), newNode(t)
-	ms, md := newMemory(b), newMemory(b)
-	ts, td := src.add(t, ms), dst.add(t, md)
-	td.AddPeers(addrs(src))
-	wantAll(td)
-	wait(t, "connection", func() bool { return td.Stats().Peers == 1 })
-	for i := range b.pieces() {
-		ms.fill(i)
-		ts.Have(i)
-		ts.Have(i)
-	}
-	wait(t, "complete", md.complete)
-	md.check(t)
-}
-
-// A piece that the origin gives while peers are giving it, too, is no trouble.
-func TestPieceArrivesTwice(t *testing.T) {
-	b := newBlob(8<<20, 5)
-	seeder, leecher := newNode(t), newNode(t)
-	ml := newMemory(b)
-	seeder.add(t, newMemory(b).fillAll())
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	wantAll(tl)
-	for i := b.pieces() - 1; i >= 0; i-- {
-		if !ml.Has(i) {
-			ml.fill(i)
-			tl.Have(i)
-		}
-	}
-	wait(t, "complete", func() bool { return ml.complete() && tl.missingPieces() == 0 })
-	if s := tl.Stats(); s.Err != nil {
-		t.Errorf("storage trouble: %v", s.Err)
-	}
-	ml.check(t)
-}
-
-func (t *Torrent) missingPieces() int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.missing
-}
-
-func TestLostPieceIsFetchedAgain(t *testing.T) {
+// Pieces that come while peers are connected are told at once, both ways, and not with the next look at who is connected.
+func TestHaveIsToldAtOnce(t *testing.T) {
 	t.Parallel()
-	b := newBlob(2<<20, 6)
-	seeder, leecher := newNode(t), newNode(t)
-	ml := newMemory(b)
-	seeder.add(t, newMemory(b).fillAll())
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	wantAll(tl)
-	wait(t, "complete", ml.complete)
-	wait(t, "asleep", func() bool { return tl.missingPieces() == 0 })
-	ml.mu.Lock()
-	ml.held[2] = false
-	clear(ml.data[2*pieceSize : 3*pieceSize])
-	ml.mu.Unlock()
-	tl.Lost(2)
-	tl.Lost(2)
-	never(t, "an unwanted piece", 300*time.Millisecond, func() bool { return ml.Has(2) })
-	tl.Want(2)
-	wait(t, "piece 2", func() bool { return ml.Has(2) })
-	ml.check(t)
+	b := newBlob("have", 32)
+	one, other := newNode(t), newNode(t)
+	to, tt := one.add(t, b, none), other.add(t, b, none)
+	tt.AddPeers(addrs(one))
+	wait(t, "connection", func() bool { return to.Connections() == 1 && tt.Connections() == 1 })
+	start := time.Now()
+	for i := range b.pieces() / 2 {
+		even, odd := 2*i, 2*i+1
+		to.Have(even)
+		to.Have(even)
+		tt.Have(odd)
+		wait(t, "word of a piece", func() bool {
+			a, b := heard(tt, one), heard(to, other)
+			return a != "" && b != "" && a[even] == '+' && b[odd] == '+'
+		})
+	}
+	if took := time.Since(start); took > 5*time.Second { // 16 times there and back; 30 ms when nothing else runs
+		t.Errorf("took %v", took)
+	}
+	hears(t, tt, one, strings.Repeat("+-", 16))
+	hears(t, to, other, strings.Repeat("-+", 16))
+}
+
+// All pieces have come to both: there is nothing left to tell, and who has everything calls nobody.
+func TestCompletePeersPart(t *testing.T) {
+	t.Parallel()
+	b := newBlob("part", 4)
+	one, other := newNode(t), newNode(t)
+	to, tt := one.add(t, b, some(0)), other.add(t, b, all)
+	to.AddPeers(addrs(other))
+	tt.AddPeers(addrs(one))
+	hears(t, to, other, "++++")
+	for i := range b.pieces() {
+		to.Have(i)
+	}
+	wait(t, "the end of the connection", func() bool { return to.Connections() == 0 && tt.Connections() == 0 })
+	never(t, "they connect again", 1500*time.Millisecond, func() bool { return to.Connections() != 0 })
+}
+
+// BitTorrent has no word for a piece that is gone, but peers learn of it.
+func TestLostIsTold(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name         string
+		holds, other func(int) bool
+		dials        bool // the one that loses piece 3, else the other one
+		before       string
+		after        string
+	}{
+		{"by a part", some(1, 2, 3), none, true, "-+++-", "-++--"},
+		{"by a part that is called", some(1, 2, 3), some(4), false, "-+++-", "-++--"},
+		{"by the whole", all, none, false, "+++++", "+++-+"},
+		{"to the whole", some(1, 2, 3), all, true, "-+++-", "-++--"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			b := newBlob("lost "+c.name, 5)
+			loser, other := newNode(t), newNode(t)
+			tl, to := loser.add(t, b, c.holds), other.add(t, b, c.other)
+			if c.dials {
+				tl.AddPeers(addrs(other))
+			} else {
+				to.AddPeers(addrs(loser))
+			}
+			hears(t, to, loser, c.before)
+			start := time.Now()
+			tl.Lost(3)
+			tl.Lost(3)
+			hears(t, to, loser, c.after)
+			if took := time.Since(start); took > 5*time.Second {
+				t.Errorf("took %v", took)
+			}
+			tl.Have(3)
+			hears(t, to, loser, c.before)
+		})
+	}
+}
+
+// Who had everything dials again when a piece is gone, to know who has it.
+func TestLostPieceIsLookedFor(t *testing.T) {
+	t.Parallel()
+	b := newBlob("sought", 3)
+	loser, other := newNode(t), newNode(t)
+	tl, to := loser.add(t, b, all), other.add(t, b, all)
+	tl.AddPeers(addrs(other))
+	never(t, "a connection", 300*time.Millisecond, func() bool { return tl.Connections() != 0 })
+	tl.Lost(1)
+	hears(t, tl, other, "+++")
+	hears(t, to, loser, "+-+")
+}
+
+// A piece that is replaced, one by one or after a while, costs no connection.
+func TestReplacedPieceIsNoLoss(t *testing.T) {
+	t.Parallel()
+	b := newBlob("replaced", 100)
+	loser, other := newNode(t), newNode(t)
+	tl, to := loser.add(t, b, all), other.add(t, b, none)
+	to.AddPeers(addrs(loser))
+	everything := strings.Repeat("+", 100)
+	hears(t, to, loser, everything)
+	conn := to.lib.PeerConns()[0]
+	for i := range b.pieces() {
+		tl.Lost(i)
+		tl.Have(i)
+	}
+	never(t, "the connection is another one", 1500*time.Millisecond, func() bool {
+		conns := to.lib.PeerConns()
+		return len(conns) != 1 || conns[0] != conn || heard(to, loser) != everything
+	})
 }
 
 // Two cold nodes; the second learns of the blob 3 s after the first, which has been dialling it in vain.
 func TestColdNodesFindEachOther(t *testing.T) {
 	t.Parallel()
-	b := newBlob(1<<20, 7)
+	b := newBlob("cold", 4)
 	type pair struct {
 		name          string
 		early, late   bool // who knows the other's address
-		earlyHas      bool // almost all; else nobody has or wants anything
+		earlyHas      bool // almost all; else nobody has anything
 		nodeE, nodeL  *node
 		earlyT, lateT *Torrent
 	}
@@ -211,16 +199,16 @@ func TestColdNodesFindEachOther(t *testing.T) {
 		{name: "both know each other", early: true, late: true, earlyHas: true},
 		{name: "only the early one knows the late", early: true, earlyHas: true},
 		{name: "only the late one knows the early", late: true, earlyHas: true},
-		{name: "nobody has or wants anything", early: true, late: true},
-		{name: "nobody has or wants anything, only the early one dials", early: true},
+		{name: "nobody has anything", early: true, late: true},
+		{name: "nobody has anything, only the early one dials", early: true},
 	}
 	for _, p := range pairs {
 		p.nodeE, p.nodeL = newNode(t), newNode(t)
-		m := newMemory(b)
+		has := none
 		if p.earlyHas {
-			m.fill(1, 2, 3) // incomplete, so that it dials
+			has = some(1, 2, 3)
 		}
-		p.earlyT = p.nodeE.add(t, m)
+		p.earlyT = p.nodeE.add(t, b, has)
 		if p.early {
 			p.earlyT.AddPeers(addrs(p.nodeL))
 		}
@@ -228,261 +216,170 @@ func TestColdNodesFindEachOther(t *testing.T) {
 	time.Sleep(3 * time.Second) // the case at hand: nothing can be waited for
 	for _, p := range pairs {
 		start := time.Now()
-		p.lateT = p.nodeL.add(t, newMemory(b))
+		p.lateT = p.nodeL.add(t, b, none)
 		if p.late {
 			p.lateT.AddPeers(addrs(p.nodeE))
 		}
-		wait(t, p.name, func() bool { return p.lateT.Stats().Peers == 1 && p.earlyT.Stats().Peers == 1 })
+		wait(t, p.name, func() bool { return p.lateT.Connections() == 1 && p.earlyT.Connections() == 1 })
 		if d := time.Since(start); d > 1500*time.Millisecond {
 			t.Errorf("%s: they met after %v", p.name, d)
 		}
 	}
 	never(t, "a connection breaks or doubles", 1300*time.Millisecond, func() bool {
-		return slices.ContainsFunc(pairs, func(p *pair) bool { return p.lateT.Stats().Peers != 1 })
+		return slices.ContainsFunc(pairs, func(p *pair) bool { return p.lateT.Connections() != 1 })
 	})
+}
+
+// A peer that has joined and left may be met again, as may one that is new, whatever came meanwhile.
+func TestPeersAreKept(t *testing.T) {
+	t.Parallel()
+	b := newBlob("kept", 4)
+	stays, goes := newNode(t), newNode(t)
+	ts, tg := stays.add(t, b, some(0)), goes.add(t, b, all)
+	ts.AddPeers(addrs(goes))
+	hears(t, ts, goes, "++++")
+	tg.Drop()
+	wait(t, "the end", func() bool { return ts.Connections() == 0 })
+	ts.Have(1)
+	ts.Have(2)
+	tg = goes.add(t, b, all)
+	hears(t, ts, goes, "++++")
+	hears(t, tg, stays, "+++-")
 }
 
 func TestBan(t *testing.T) {
 	t.Parallel()
-	b := newBlob(4<<20, 8)
+	b := newBlob("ban", 4)
 	bad, good, leecher := newNode(t), newNode(t), newNode(t)
-	bad.add(t, newMemory(b).fillAll())
-	ml := newMemory(b)
-	tl := leecher.add(t, ml)
+	tb := bad.add(t, b, some(1, 2, 3))
+	tl := leecher.add(t, b, none)
 	tl.AddPeers(addrs(bad))
-	wait(t, "connection", func() bool { return tl.Stats().Peers == 1 })
+	tb.AddPeers(addrs(leecher))
+	wait(t, "connection", func() bool { return tl.Connections() == 1 })
 	tl.Ban(bad.id.ID())
 	tl.Ban("nonsense")
-	wait(t, "cut", func() bool { return tl.Stats().Peers == 0 })
-	wantAll(tl)
-	never(t, "the banned peer is back", 2500*time.Millisecond, func() bool { return tl.Stats().Peers != 0 })
-	good.add(t, newMemory(b).fillAll())
+	if heard(tl, bad) != "" {
+		t.Error("the banned peer is named")
+	}
+	wait(t, "cut", func() bool { return tl.Connections() == 0 })
+	never(t, "the banned peer is back", 2500*time.Millisecond, func() bool { return tl.Connections() != 0 })
+	good.add(t, b, all)
 	tl.AddPeers(addrs(good))
-	wait(t, "complete", ml.complete)
-	if n := tl.Stats().PerPeer[bad.id.ID()]; n > pieceSize {
-		t.Errorf("%d bytes from the banned peer", n)
-	}
+	hears(t, tl, good, "++++")
+	tl.Unban(bad.id.ID())
+	hears(t, tl, bad, "-+++")
 }
 
-// A storage that finds a piece wrong gets it again, and not from the peer that gave it.
-func TestBadPieceBansItsSupplier(t *testing.T) {
-	b := newBlob(4<<20, 9)
-	liar, honest, leecher := newNode(t), newNode(t), newNode(t)
-	lies := newMemory(b).fillAll()
-	for i := range lies.data {
-		lies.data[i] ^= 0xff
-	}
-	liar.add(t, lies)
-	ml := newMemory(b)
-	var refused atomic.Int32
-	ml.hook = func(i int, peer string) error {
-		if slices.Contains(Suppliers(peer), liar.id.ID()) {
-			refused.Add(1)
-			return ErrBadPiece
+// A member that connects for a blob which is not in the swarm may bring it there.
+func TestUnknownIsAsked(t *testing.T) {
+	t.Parallel()
+	b := newBlob("unknown", 2)
+	var mu sync.Mutex
+	var asked []string
+	var holder *node
+	mu.Lock()
+	holder = newNode(t, func(o *Options) {
+		o.Unknown = func(h metainfo.Hash) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			asked = append(asked, h.HexString())
+			_, err := holder.Add(b.digest, b.size, pieceSize, all)
+			return err == nil
 		}
-		return nil
-	}
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(liar))
-	wantAll(tl)
-	wait(t, "ban", func() bool { return refused.Load() > 0 && tl.Stats().Peers == 0 })
-	honest.add(t, newMemory(b).fillAll())
-	tl.AddPeers(addrs(honest))
-	wait(t, "complete", ml.complete)
-	ml.check(t)
-	if s := tl.Stats(); s.Err != nil {
-		t.Errorf("taken for trouble with the storage: %v", s.Err)
-	}
-}
-
-func TestStorageTroubleIsShownAndEnds(t *testing.T) {
-	t.Parallel()
-	b := newBlob(2<<20, 10)
-	seeder, leecher := newNode(t), newNode(t)
-	seeder.add(t, newMemory(b).fillAll())
-	ml := newMemory(b)
-	full := errors.New("disk full")
-	ml.ioErr = full
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	wantAll(tl)
-	wait(t, "error", func() bool { return errors.Is(tl.Stats().Err, full) })
-	before := tl.Stats()
-	never(t, "more is downloaded", time.Second, func() bool {
-		return tl.Stats().Downloaded > before.Downloaded+4<<20
 	})
-	ml.mu.Lock()
-	ml.ioErr = nil
-	ml.mu.Unlock()
-	wait(t, "complete", ml.complete)
-	ml.check(t)
-	if s := tl.Stats(); s.Err != nil {
-		t.Errorf("still: %v", s.Err)
+	mu.Unlock()
+	seeker := newNode(t)
+	ts := seeker.add(t, b, none)
+	ts.AddPeers(addrs(holder))
+	hears(t, ts, holder, "++")
+	mu.Lock()
+	defer mu.Unlock()
+	if want := ts.Infohash().HexString(); len(asked) != 1 || asked[0] != want {
+		t.Errorf("asked for %v, want %s", asked, want)
 	}
 }
 
-func TestSuppliers(t *testing.T) {
-	if got := Suppliers(""); got != nil {
-		t.Errorf("%q", got)
-	}
-	b := newBlob(pieceSize, 0)
-	s := newNode(t)
-	to := s.add(t, newMemory(b))
-	x, _ := peerIDOf(strings.Repeat("ab", 16))
-	y, _ := peerIDOf(strings.Repeat("cd", 16))
-	to.supplied(0, x, 10)
-	to.supplied(0, y, 20)
-	to.supplied(0, x, 5)
-	got := Suppliers(joinSuppliers(to.takeSuppliers(0)))
-	if want := []string{strings.Repeat("cd", 16), strings.Repeat("ab", 16)}; !slices.Equal(got, want) {
-		t.Errorf("%q, want %q", got, want)
-	}
-	if len(to.takeSuppliers(0)) != 0 {
-		t.Error("suppliers are kept")
-	}
-}
-
-// MarkPiece may call back into this and other torrents, while they are dropped and read.
-func TestNoDeadlockFromMarkPiece(t *testing.T) {
-	b, c := newBlob(8<<20, 11), newBlob(8<<20, 12)
-	seeder, leecher := newNode(t), newNode(t)
-	seeder.add(t, newMemory(b).fillAll())
-	seeder.add(t, newMemory(c).fillAll())
-	mb, mc := newMemory(b), newMemory(c)
-	tb, tc := leecher.add(t, mb), leecher.add(t, mc)
-	half := make(chan struct{})
-	mb.hook = func(i int, _ string) error {
-		mc.fill(i)
-		tc.Have(i)
-		tc.Unwant(i)
-		tc.Lost(i)
-		mc.fill(i)
-		tc.Have(i)
-		tb.Want(i)
-		if i == 16 {
-			close(half)
-		}
-		return nil
-	}
-	mc.hook = func(int, string) error {
-		tb.Have(0)
-		return nil
-	}
-	mb.fill(0)
-	tb.AddPeers(addrs(seeder))
-	tc.AddPeers(addrs(seeder))
-	wantAll(tb)
-	wantAll(tc)
-	<-half
-	tb.Drop()
-	mb.mu.Lock()
-	mb.closed = true
-	mb.mu.Unlock()
-	wait(t, "the other completes", mc.complete)
-	tb.Drop()
-	mb.mu.Lock()
-	defer mb.mu.Unlock()
-	if mb.late != 0 {
-		t.Errorf("%d calls of the storage after Drop", mb.late)
-	}
-}
-
-func TestDropAndAddAgain(t *testing.T) {
-	b := newBlob(4<<20, 13)
-	seeder, leecher := newNode(t), newNode(t)
-	seeder.add(t, newMemory(b).fillAll())
-	ml := newMemory(b)
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	tl.Want(0)
-	wait(t, "piece 0", func() bool { return ml.Has(0) })
-	tl.Drop()
-	tl.Want(1) // no harm
-	tl.Have(1)
-	tl.Stats()
-	tl.Availability()
-	tl = leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	wantAll(tl)
-	wait(t, "complete", ml.complete)
-	if s := tl.Stats(); s.Downloaded > int64(len(b.data))-pieceSize {
-		t.Errorf("downloaded %d: a piece that was held came again", s.Downloaded)
-	}
-}
-
-func TestCloseUnderLoad(t *testing.T) {
-	b := newBlob(32<<20, 14)
-	seeder, leecher := newNode(t), newNode(t)
-	ms, ml := newMemory(b).fillAll(), newMemory(b)
-	seeder.add(t, ms)
-	tl := leecher.add(t, ml)
-	tl.AddPeers(addrs(seeder))
-	wantAll(tl)
-	<-ml.marked
-	leecher.close(t)
-	seeder.close(t)
-	leecher.close(t)
-	ml.mu.Lock()
-	ml.closed = true
-	ml.mu.Unlock()
-	if _, err := leecher.Add(newBlob(1, 0).digest, 1, pieceSize, full{}); !errors.Is(err, ErrClosed) {
-		t.Errorf("Add after Close: %v", err)
-	}
-	tl.Drop()
-	ml.mu.Lock()
-	defer ml.mu.Unlock()
-	if ml.late != 0 {
-		t.Errorf("%d calls of the storage after Close", ml.late)
-	}
-}
-
-func TestNoSeedUploadsNothing(t *testing.T) {
+// Nothing of what may be called with the caller's locks held waits for the library, which calls has under its own.
+func TestNoDeadlock(t *testing.T) {
 	t.Parallel()
-	b := newBlob(4<<20, 15)
-	miser, other := newNode(t, noSeed), newNode(t)
-	mm, mo := newMemory(b), newMemory(b)
-	for i := range b.pieces() / 2 {
-		mm.fill(i)
-		mo.fill(b.pieces()/2 + i)
-	}
-	tm, to := miser.add(t, mm), other.add(t, mo)
-	tm.AddPeers(addrs(other))
-	to.AddPeers(addrs(miser))
-	wantAll(tm)
-	wantAll(to)
-	wait(t, "the miser completes", mm.complete)
-	never(t, "the miser uploads", time.Second, func() bool {
-		return tm.Stats().Uploaded != 0 || to.Stats().Downloaded != 0
-	})
-}
-
-func TestLimits(t *testing.T) {
-	t.Parallel()
-	b := newBlob(4<<20, 16)
-	const perSecond = 2 << 20 // the blob takes two seconds, less the burst
-	for name, c := range map[string]struct{ up, down nodeOption }{
-		"upload":                            {up: upload(rate.NewLimiter(perSecond, 64<<10)), down: func(*Options) {}},
-		"download":                          {down: download(rate.NewLimiter(perSecond, 64<<10)), up: func(*Options) {}},
-		"upload with a burst below a chunk": {up: upload(rate.NewLimiter(perSecond, 1000)), down: func(*Options) {}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			seeder, leecher := newNode(t, c.up), newNode(t, c.down)
-			seeder.add(t, newMemory(b).fillAll())
-			ml := newMemory(b)
-			tl := leecher.add(t, ml)
-			tl.AddPeers(addrs(seeder))
-			start := time.Now()
-			wantAll(tl)
-			wait(t, "complete", ml.complete)
-			if d := time.Since(start); d < 1700*time.Millisecond || d > 4*time.Second {
-				t.Errorf("%d bytes in %v at %d/s", len(b.data), d, perSecond)
+	b := newBlob("locks", 64)
+	one, other := newNode(t), newNode(t)
+	to, tt := one.add(t, b, none), other.add(t, b, none)
+	tt.AddPeers(addrs(one))
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for k := range 8 {
+		wg.Go(func() {
+			for i := k; i < b.pieces(); i += 8 {
+				mu.Lock()
+				to.Have(i)
+				tt.Have(i)
+				tt.Lost(i)
+				tt.AddPeers(addrs(one))
+				mu.Unlock()
+				to.Peers()
+				tt.Connections()
 			}
 		})
 	}
+	wg.Wait()
+	hears(t, tt, one, strings.Repeat("+", 64))
+	to.Drop()
+	to.Drop()
 }
 
-// A node seeds a thousand blobs that nobody asks for; 300 here, to be quick.
+func TestDropAndAddAgain(t *testing.T) {
+	t.Parallel()
+	b := newBlob("again", 4)
+	seeder, leecher := newNode(t), newNode(t)
+	seeder.add(t, b, all)
+	tl := leecher.add(t, b, none)
+	tl.AddPeers(addrs(seeder))
+	hears(t, tl, seeder, "++++")
+	tl.Drop()
+	tl.Have(1) // no harm
+	tl.Lost(1)
+	tl.Peers()
+	tl.Connections()
+	tl.Ban(seeder.id.ID())
+	tl = leecher.add(t, b, some(1))
+	tl.AddPeers(addrs(seeder))
+	hears(t, tl, seeder, "++++")
+	if n := leecher.Torrents(); n != 1 {
+		t.Errorf("%d torrents", n)
+	}
+}
+
+func TestCloseWhilePeersTalk(t *testing.T) {
+	t.Parallel()
+	b := newBlob("close", 400)
+	one, other := newNode(t), newNode(t)
+	to, tt := one.add(t, b, none), other.add(t, b, none)
+	tt.AddPeers(addrs(one))
+	wait(t, "connection", func() bool { return to.Connections() == 1 })
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i := range b.pieces() {
+			to.Have(i)
+			tt.Have(i)
+			tt.Lost(i)
+		}
+	})
+	for range 3 {
+		wg.Go(func() { one.close(t) })
+	}
+	other.close(t)
+	wg.Wait()
+	if _, err := one.Add(newBlob("late", 1).digest, 1, pieceSize, all); !errors.Is(err, ErrClosed) {
+		t.Errorf("Add after Close: %v", err)
+	}
+	to.Drop()
+	if n := one.Connections(); n != 0 {
+		t.Errorf("%d connections after Close", n)
+	}
+}
+
+// A node holds a thousand blobs that nobody asks for; 300 here, to be quick.
 func TestIdleTorrentsCostLittle(t *testing.T) {
 	const n = 300
 	s := newNode(t)
@@ -493,8 +390,7 @@ func TestIdleTorrentsCostLittle(t *testing.T) {
 	runtime.ReadMemStats(&m0)
 	start := time.Now()
 	for i := range n {
-		b := blob{digest.FromString(string(rune(i))), make([]byte, 0)}
-		if _, err := s.Add(b.digest, 64<<20, pieceSize, full{}); err != nil {
+		if _, err := s.Add(digest.FromString(string(rune(i))), 64<<20, pieceSize, all); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -512,18 +408,10 @@ func TestIdleTorrentsCostLittle(t *testing.T) {
 	}
 }
 
-// full is a Storage that holds everything.
-type full struct{}
-
-func (full) ReadAt(p []byte, _ int64) (int, error)  { return len(p), nil }
-func (full) WriteAt(p []byte, _ int64) (int, error) { return 0, errors.New("full") }
-func (full) Has(int) bool                           { return true }
-func (full) MarkPiece(int, string) error            { return nil }
-
 func TestAddRefusesNonsense(t *testing.T) {
 	s := newNode(t)
 	for _, c := range [][2]int64{{0, pieceSize}, {-1, pieceSize}, {1, 0}} {
-		if _, err := s.Add(digest.FromString("x"), c[0], c[1], full{}); err == nil {
+		if _, err := s.Add(digest.FromString("x"), c[0], c[1], all); err == nil {
 			t.Errorf("%d bytes in pieces of %d: no error", c[0], c[1])
 		}
 	}
@@ -532,41 +420,19 @@ func TestAddRefusesNonsense(t *testing.T) {
 	}
 }
 
-func BenchmarkOneToOne(b *testing.B) {
-	bl := newBlob(64<<20, 20)
-	seeder := newNode(b)
-	seeder.add(b, newMemory(bl).fillAll())
+func BenchmarkPeers(b *testing.B) {
+	bl := newBlob("bench", 256)
 	leecher := newNode(b)
-	b.SetBytes(int64(len(bl.data)))
-	for b.Loop() {
-		ml := newMemory(bl)
-		tl := leecher.add(b, ml)
-		tl.AddPeers(addrs(seeder))
-		wantAll(tl)
-		for range bl.pieces() {
-			<-ml.marked
-		}
-		tl.Drop()
-	}
-}
-
-func BenchmarkAvailability(b *testing.B) {
-	bl := newBlob(64<<20, 21)
-	leecher := newNode(b)
-	tl := leecher.add(b, newMemory(bl))
+	tl := leecher.add(b, bl, none)
 	var peers []*node
 	for range 4 {
 		p := newNode(b)
-		m := newMemory(bl)
-		for i := 0; i < bl.pieces(); i += 2 {
-			m.fill(i)
-		}
-		p.add(b, m)
+		p.add(b, bl, func(i int) bool { return i%2 == 0 })
 		peers = append(peers, p)
 	}
 	tl.AddPeers(addrs(peers...))
-	wait(b, "peers", func() bool { return tl.Stats().Peers == len(peers) })
+	wait(b, "peers", func() bool { return tl.Connections() == len(peers) })
 	for b.Loop() {
-		tl.Availability()
+		tl.Peers()
 	}
 }

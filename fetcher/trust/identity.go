@@ -18,7 +18,7 @@ import (
 
 // Protocols that share a node's port, as ALPN names (RFC 7301).
 const (
-	// ProtoSwarm is BitTorrent's peer protocol. The version rises when old and new nodes must not exchange pieces.
+	// ProtoSwarm is BitTorrent's peer protocol. The version rises when old and new nodes must not be peers.
 	ProtoSwarm = "quay-swarm/1"
 	// ProtoGossip is the stream half of the membership protocol. Its version rises when old and new nodes must not form
 	// one list of members.
