@@ -2,6 +2,7 @@ package fetcher
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -253,12 +254,19 @@ func (d *download) read(ctx context.Context, w *row, h *helper) {
 	d.poke()
 }
 
-// takeRow reads a row and takes each piece as it comes, once it was checked.
+// takeRow reads a row and takes each piece as it comes.
 func (d *download) takeRow(ctx context.Context, w *row) error {
 	ctx, cancel := context.WithTimeout(ctx, rowTakes)
 	defer cancel()
-	off, n := d.flightRange(&w.flight)
-	body, said, err := d.f.cluster.Open(ctx, w.from, d.desc.Digest, off, n, cluster.ReadOptions{Vouch: !d.table.knows(w.first, w.last), Silent: silentPeer})
+	return d.bring(ctx, w.from, &w.flight, cluster.ReadOptions{Silent: silentPeer})
+}
+
+// bring reads pieces from a member and takes each as it comes, once it was checked,
+// while the next is on its way.
+func (d *download) bring(ctx context.Context, from cluster.Member, fl *flight, o cluster.ReadOptions) error {
+	off, n := d.flightRange(fl)
+	o.Vouch = !d.table.knows(fl.first, fl.last)
+	body, said, err := d.f.cluster.Open(ctx, from, d.desc.Digest, off, n, o)
 	if err != nil {
 		return err
 	}
@@ -266,21 +274,40 @@ func (d *download) takeRow(ctx context.Context, w *row) error {
 	d.table.learn(said)
 	bp := pieceBufs.Get().(*[]byte)
 	defer pieceBufs.Put(bp)
-	for i := w.first; i <= w.last; i++ {
+	for i := fl.first; i <= fl.last; i++ {
 		_, n := d.st.PieceRange(i)
 		p := (*bp)[:n]
-		if _, err := io.ReadFull(body, p); err != nil {
+		sum, err := readSummed(body, p)
+		if err != nil {
 			return err
 		}
-		if err := d.takePiece(ctx, i, p, w.from.ID); err != nil {
+		if err := d.takePiece(ctx, i, p, sum, from.ID); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// readSummed fills p and sums it up as it comes: while the peer still sends, and while
+// what was just decrypted is in the CPU's caches.
+func readSummed(r io.Reader, p []byte) (sum cluster.PieceSum, err error) {
+	h := sha256.New()
+	for done := 0; done < len(p); {
+		n, err := r.Read(p[done:])
+		h.Write(p[done : done+n])
+		if done += n; err != nil && done < len(p) {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return sum, err
+		}
+	}
+	h.Sum(sum[:0])
+	return sum, nil
+}
+
 // takePiece checks a piece from a member against what was said of it, and keeps it.
-func (d *download) takePiece(ctx context.Context, i int, p []byte, from string) error {
+func (d *download) takePiece(ctx context.Context, i int, p []byte, sum cluster.PieceSum, from string) error {
 	d.mu.Lock()
 	bad := d.banned[from]
 	d.mu.Unlock()
@@ -291,7 +318,7 @@ func (d *download) takePiece(ctx context.Context, i int, p []byte, from string) 
 	if err != nil {
 		return fmt.Errorf("%w: %w", errPutOff, err)
 	}
-	if err := d.table.check(i, p, w, from); err != nil {
+	if err := d.table.check(i, sum, w, from); err != nil {
 		return err
 	}
 	if err := d.put(i, p, store.Peer, from); err != nil {

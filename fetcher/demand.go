@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/docker-quay/docker-quay/fetcher/cluster"
@@ -58,9 +57,6 @@ const (
 	// handed to the reader; the registry client retries below that.
 	flightTries = 3
 )
-
-// flightBufs hold the bytes of one flight each.
-var flightBufs = sync.Pool{New: func() any { b := make([]byte, maxFlight); return &b }}
 
 // flight is the fetch of a row of pieces that somebody waits for.
 type flight struct {
@@ -361,32 +357,21 @@ func (d *download) flightRange(fl *flight) (off, n int64) {
 }
 
 func (d *download) demandPeer(ctx context.Context, m cluster.Member, fl *flight, through bool) error {
-	off, n := d.flightRange(fl)
-	bp := flightBufs.Get().(*[]byte)
-	defer flightBufs.Put(bp)
-	p := (*bp)[:n]
 	begun := time.Now()
-	said, err := d.f.cluster.ReadAt(ctx, m, d.desc.Digest, p, off, cluster.ReadOptions{Through: through, Vouch: !d.table.knows(fl.first, fl.last)})
-	if err != nil {
-		if ctx.Err() == nil && !(through && errors.Is(err, cluster.ErrNotHeld)) {
-			d.mu.Lock()
-			delete(d.parts, m.ID) // until the keeper names it again
-			d.mu.Unlock()
+	switch err := d.bring(ctx, m, fl, cluster.ReadOptions{Through: through}); {
+	case err == nil:
+		if !through {
+			d.f.delays.add(time.Since(begun))
 		}
+		return nil
+	case ctx.Err() != nil, through && errors.Is(err, cluster.ErrNotHeld), errors.Is(err, errPutOff), isLocal(err):
+		return err
+	default:
+		d.mu.Lock()
+		delete(d.parts, m.ID) // until the keeper names it again
+		d.mu.Unlock()
 		return err
 	}
-	if !through {
-		d.f.delays.add(time.Since(begun))
-	}
-	d.table.learn(said)
-	for i, rest := fl.first, p; i <= fl.last; i++ {
-		_, n := d.st.PieceRange(i)
-		if err := d.takePiece(ctx, i, rest[:n], m.ID); err != nil {
-			return err
-		}
-		rest = rest[n:]
-	}
-	return nil
 }
 
 func (d *download) demandOrigin(ctx context.Context, source Origin, fl *flight) error {

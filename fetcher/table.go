@@ -273,8 +273,8 @@ func (t *table) wait(ctx context.Context, i int, from string) (word, error) {
 }
 
 // check holds a piece from a peer against the word about it.
-func (t *table) check(i int, p []byte, w word, peer string) error {
-	if sha256.Sum256(p) == w.sum {
+func (t *table) check(i int, sum cluster.PieceSum, w word, peer string) error {
+	if sum == w.sum {
 		return nil
 	}
 	t.d.f.count.wrong.Add(1)
