@@ -142,6 +142,7 @@ type Fetcher struct {
 	downloads map[digest.Digest]*download
 	hashes    map[metainfo.Hash]cluster.Hold // complete blobs by infohash
 	errands   map[errandKey]*errand
+	index     IndexFunc // nil: members are told nothing of what is in blobs
 
 	opens openSwarms
 }

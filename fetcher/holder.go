@@ -19,7 +19,10 @@ import (
 // holder answers other members for this node's blobs.
 type holder struct{ f *Fetcher }
 
-var _ cluster.Holder = holder{}
+var (
+	_ cluster.Holder  = holder{}
+	_ cluster.Indexer = holder{}
+)
 
 // Complete implements cluster.Holder. What is complete here is what the node
 // seeds to whoever asks, see Fetcher.connects.

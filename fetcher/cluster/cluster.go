@@ -99,10 +99,12 @@ type Cluster struct {
 	o      Options
 	client *http.Client
 	dialer *dialer
-	ctx    context.Context
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	calls  Calls
+	// indexes holds one for each index that is being given.
+	indexes chan struct{}
+	ctx     context.Context
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	calls   Calls
 
 	mu      sync.Mutex // guards following
 	book    *Book
@@ -119,6 +121,7 @@ func New(o Options) *Cluster {
 	}
 	c := &Cluster{
 		o: o, book: NewBook(rand.Uint64()), suspect: map[string]time.Time{}, early: map[string]time.Time{},
+		indexes: make(chan struct{}, indexesAtOnce),
 	}
 	c.dialer = newDialer(o.Connections)
 	c.client = &http.Client{Transport: &http.Transport{

@@ -15,7 +15,7 @@ import (
 )
 
 // maxRead bounds one ranged read by a member, in bytes: a demand read is a few
-// pieces; whole blobs go by BitTorrent, where the window is.
+// pieces, a bulk read a MiB.
 const maxRead = 16 << 20
 
 // throughHeader asks a member to get what it does not hold from the registry.
@@ -34,6 +34,7 @@ func (c *Cluster) Handler() *http.ServeMux {
 	mux.HandleFunc("POST /quay/v1/holds", c.serveHolds)
 	mux.HandleFunc("POST /quay/v1/statements", c.serveStatements)
 	mux.HandleFunc("GET /quay/v1/blobs/{digest}", c.serveBlob)
+	mux.HandleFunc("GET /quay/v1/indexes/{digest}", c.serveIndex)
 	c.serveErrands(mux)
 	return mux
 }
