@@ -42,6 +42,8 @@ type Options struct {
 	Registry *rig.Registry
 	// Config is added to the configuration, first to its section [origin].
 	Config string
+	// SnapshotterConfig is added to the section [snapshotter].
+	SnapshotterConfig string
 }
 
 // Daemon is a node daemon.
@@ -95,6 +97,7 @@ func Start(ctx context.Context, o Options) (*Daemon, error) {
 state = %q
 [snapshotter]
 socket = %q
+%s
 [api]
 socket = %q
 [peers]
@@ -105,7 +108,7 @@ peers = [%s]
 [origin]
 host_dirs = [%q]
 docker_config = %q
-%s`, d.Root, o.Dir, d.Snapshotter, d.Socket, secret, listen, ports, strings.Join(peers, ", "), d.CertsDir, d.Logins, o.Config)
+%s`, d.Root, o.Dir, d.Snapshotter, o.SnapshotterConfig, d.Socket, secret, listen, ports, strings.Join(peers, ", "), d.CertsDir, d.Logins, o.Config)
 	if err := os.WriteFile(d.config, []byte(text), 0o644); err != nil {
 		return nil, fmt.Errorf("write the configuration of %s: %w", d.Name, err)
 	}

@@ -79,8 +79,11 @@ func debianTars(ctx context.Context, dir, list string) error {
 	}
 	var base, full Tree
 	group, groupCtx := errgroup.WithContext(ctx)
-	group.Go(func() (err error) { base, err = bootstrap(groupCtx, dir, "base", listPath, nil); return err })
-	group.Go(func() (err error) { full, err = bootstrap(groupCtx, dir, "full", listPath, pythonPackages); return err })
+	group.Go(func() (err error) { base, err = bootstrap(groupCtx, dir, "base", listPath, system{}); return err })
+	group.Go(func() (err error) {
+		full, err = bootstrap(groupCtx, dir, "full", listPath, system{packages: pythonPackages})
+		return err
+	})
 	if err := group.Wait(); err != nil {
 		return err
 	}
@@ -105,8 +108,14 @@ func debianTars(ctx context.Context, dir, list string) error {
 	return os.Remove(listPath)
 }
 
+// system is what is installed above the minimal Debian.
+type system struct {
+	packages []string
+	hook     string // a shell command for when all is installed, with the system's folder as $1; "": none
+}
+
 // bootstrap installs a minimal Debian with these packages and returns its files.
-func bootstrap(ctx context.Context, dir, name, list string, packages []string) (Tree, error) {
+func bootstrap(ctx context.Context, dir, name, list string, s system) (Tree, error) {
 	path := filepath.Join(dir, name+"-system.tar")
 	// A system that is packed up at once need not survive a power cut: no fsync for each file.
 	args := []string{"--quiet", "--variant=minbase", "--mode=root", "--format=tar", "--dpkgopt=force-unsafe-io"}
@@ -115,8 +124,11 @@ func bootstrap(ctx context.Context, dir, name, list string, packages []string) (
 		return nil, err
 	}
 	args = append(args, options...)
-	if len(packages) > 0 {
-		args = append(args, "--include="+strings.Join(packages, ","))
+	if len(s.packages) > 0 {
+		args = append(args, "--include="+strings.Join(s.packages, ","))
+	}
+	if s.hook != "" {
+		args = append(args, "--customize-hook="+s.hook)
 	}
 	cmd := exec.CommandContext(ctx, "mmdebstrap", append(args, codename, path, list)...)
 	// mmdebstrap and the packages' scripts make reproducible files when they know the time to use.

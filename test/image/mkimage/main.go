@@ -29,12 +29,12 @@ func main() {
 
 func run(ctx context.Context) error {
 	cache := flag.String("cache", rig.ImageDir(), "folder of the finished images")
-	formatName := flag.String("format", "gzip", "layers of busybox and demo: gzip, estargz, zstdchunked, zstd, tar")
+	formatName := flag.String("format", "gzip", "layers of all but random: gzip, estargz, zstdchunked, zstd, tar")
 	size := flag.Int64("size", 256<<20, "bytes of each layer of random, a multiple of 512")
 	layers := flag.Int("layers", 1, "layers of random")
 	push := flag.String("push", "", "URL of a registry to push to, as NAME:FORMAT")
 	flag.Usage = func() {
-		fmt.Fprintf(os.Stderr, "usage: mkimage [flags] busybox|demo|random\n")
+		fmt.Fprintf(os.Stderr, "usage: mkimage [flags] busybox|demo|random|python|node|jvm|postgres|nginx\n")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -56,7 +56,10 @@ func run(ctx context.Context) error {
 	case "random":
 		i, err = image.Random(ctx, *cache, *size, *layers)
 	default:
-		return fmt.Errorf("no image %q: busybox, demo or random", name)
+		var app image.App
+		if app, err = image.FindApp(name); err == nil {
+			i, err = app.Make(ctx, *cache, format)
+		}
 	}
 	if err != nil {
 		return err
