@@ -30,6 +30,7 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher/published"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/plugin/target"
+	indexes "github.com/docker-quay/docker-quay/snapshotter/index/published"
 )
 
 // Options are what main gives.
@@ -43,6 +44,11 @@ type Options struct {
 	Stranger func(ctx context.Context, r Request, manifest, layer digest.Digest) (Stranger, error)
 	// Publish puts the torrents of an image's layers into its registry, beside subject, the image's manifest.
 	Publish func(ctx context.Context, r Request, subject ocispec.Descriptor, torrents []*published.Torrent) error
+	// Manifests asks an image's registry which manifests its name stands for: one, or one for each platform.
+	Manifests func(ctx context.Context, r Request) ([]ocispec.Descriptor, error)
+	// PublishIndexes puts the indexes of an image's layers into its registry, beside subject, the image's manifest. It tells what they
+	// are in, and whether that had to be pushed.
+	PublishIndexes func(ctx context.Context, r Request, subject ocispec.Descriptor, layers []indexes.Layer) (referrer digest.Digest, pushed bool, err error)
 }
 
 // Source is an opened image. Its blobs are given to peers for as long as it is open.
@@ -131,6 +137,7 @@ both at once, and go into Docker or containerd. Nothing about an image or its di
 	cmd.AddCommand(
 		newPull(dockerCLI, o, false),
 		newSeed(dockerCLI, o, false),
+		newIndex(dockerCLI, o),
 		newNode(dockerCLI),
 		newVersion(dockerCLI, o),
 		newTorrent(dockerCLI, o),

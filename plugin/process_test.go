@@ -59,9 +59,14 @@ func TestMain(m *testing.M) {
 				}
 				return nil
 			},
+			Manifests: func(ctx context.Context, r plugin.Request) ([]ocispec.Descriptor, error) {
+				return manifests(ctx, how, r)
+			},
+			PublishIndexes: storeIndexes,
 		}
 		if how == "real" {
 			o.Open, o.Stranger, o.Publish = plugin.OpenImage, plugin.AskAsStranger, plugin.StoreTorrents
+			o.Manifests, o.PublishIndexes = plugin.ImageManifests, plugin.StoreIndexes
 		}
 		return plugin.New(dockerCLI, os.Args[0], o)
 	}, plugin.Metadata(os.Args[0], "1.2.3-test"))
@@ -174,6 +179,7 @@ func TestHelp(t *testing.T) {
 		"help":             {"--help"},
 		"help-pull":        {"pull", "--help"},
 		"help-seed":        {"seed", "--help"},
+		"help-index":       {"index", "--help"},
 		"help-node-secret": {"node", "secret", "--help"},
 		"help-version":     {"version", "--help"},
 		"help-peers":       {"peers", "--help"},

@@ -20,7 +20,7 @@ func main() {
 	dockerplugin.Run(func(dockerCLI command.Cli) *cobra.Command {
 		return plugin.New(dockerCLI, os.Args[0], plugin.Options{
 			Version: fetcher.Version, Open: plugin.OpenImage, NodeVersion: plugin.NodeVersion, Stranger: plugin.AskAsStranger,
-			Publish: plugin.StoreTorrents,
+			Publish: plugin.StoreTorrents, Manifests: plugin.ImageManifests, PublishIndexes: plugin.StoreIndexes,
 		})
 	}, plugin.Metadata(os.Args[0], fetcher.Version))
 }

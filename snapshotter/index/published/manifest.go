@@ -62,13 +62,16 @@ func encodeManifest(subject ocispec.Descriptor, entries []entry) ([]byte, error)
 	for _, e := range entries {
 		d := e.descriptor()
 		d.Annotations = map[string]string{
-			LayerAnnotation: e.layer.String(),
-			// By this name other programs that fetch artifacts save it.
-			ocispec.AnnotationTitle: e.layer.Algorithm().String() + "-" + e.layer.Encoded() + ".index",
+			LayerAnnotation:         e.layer.String(),
+			ocispec.AnnotationTitle: fileName(e.layer),
 		}
 		m.Layers = append(m.Layers, d)
 	}
 	return json.Marshal(m)
+}
+
+func fileName(layer digest.Digest) string {
+	return layer.Algorithm().String() + "-" + layer.Encoded() + ".index"
 }
 
 // parseManifest reads a manifest that a registry listed among the referrers of subject. Its entries

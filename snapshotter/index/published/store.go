@@ -40,6 +40,9 @@ func Encode(x *index.Index) (Layer, error) {
 // Descriptor is that of the index's blob.
 func (l Layer) Descriptor() ocispec.Descriptor { return l.entry().descriptor() }
 
+// Name is the file name under which programs that fetch artifacts save it: the layer's digest, with a dash for the colon, and ".index".
+func (l Layer) Name() string { return fileName(l.Digest) }
+
 func (l Layer) entry() entry {
 	return entry{layer: l.Digest, digest: digest.FromBytes(l.Text), size: int64(len(l.Text))}
 }
