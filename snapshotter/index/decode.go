@@ -18,8 +18,8 @@ const maxEncoded = 256 << 20
 
 var errEncoded = errors.New("it is cut off or damaged")
 
-// Decode reads what Encode wrote and validates it. It takes memory in proportion to what
-// r has, at most, however large the numbers in it are.
+// Decode reads what Encode wrote and validates it. What it takes of memory is bounded by
+// limits.go alone; Footprint tells it before.
 func Decode(r io.Reader) (*Index, error) {
 	x, err := decode(r)
 	if err != nil {
@@ -44,7 +44,7 @@ func decode(r io.Reader) (*Index, error) {
 		return nil, errEncoded
 	}
 	d := &decoder{b: body[len(magic):]}
-	zd, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxMemory(maxWindows))
+	zd, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxMemory(maxWindows), zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
 		return nil, err
 	}
@@ -133,8 +133,9 @@ func (d *decoder) section(limit int, zd *zstd.Decoder) *decoder {
 		return &decoder{bad: true}
 	}
 	if zd != nil {
-		// Not more than zstd can make of so little is reserved.
-		out := make([]byte, 0, min(raw, 64*packed+1024))
+		// Not more than zstd can make of so little is reserved, 128 KiB of each 4 bytes, and
+		// decoding ends there.
+		out := make([]byte, 0, min(raw, 32<<10*packed))
 		var err error
 		if p, err = zd.DecodeAll(p, out); err != nil {
 			return &decoder{bad: true}

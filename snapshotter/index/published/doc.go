@@ -12,8 +12,8 @@
 //
 // # What is checked, and what is trusted
 //
-// A referrer can say anything, and so can an index. What is found is bounded in number, size
-// and time; it must name the image as its subject, and the index must decode, keep all rules of
+// A referrer can say anything, and so can an index. What is found is bounded in number, size,
+// memory and time; it must name the image as its subject, and the index must decode, keep all rules of
 // [index.Index.Validate], and say that it is of the layer asked for, with its digest and size.
 // That a reader gets no other bytes than the index promises is the work of [index.Index.Fill].
 //

@@ -232,6 +232,9 @@ func (f *Finder) read(ctx context.Context, q Query, e entry) (*index.Index, erro
 		return nil, err
 	}
 	defer func() { <-f.decode }()
+	if err := affordable(text); err != nil {
+		return nil, err
+	}
 	x, err := index.Decode(bytes.NewReader(text))
 	switch {
 	case err != nil:
@@ -244,6 +247,18 @@ func (f *Finder) read(ctx context.Context, q Query, e entry) (*index.Index, erro
 		return nil, fmt.Errorf("%w: it is of a layer with the diff ID %s, the image's configuration says %s", ErrInvalid, x.DiffID, q.DiffID)
 	}
 	return x, nil
+}
+
+// affordable says what keeps an index from being decoded.
+func affordable(text []byte) error {
+	n, err := index.Footprint(text)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %w", ErrInvalid, err)
+	case n > maxFootprint:
+		return fmt.Errorf("%w: it takes %d MiB of memory, more than the %d that are allowed", ErrInvalid, n>>20, maxFootprint>>20)
+	}
+	return nil
 }
 
 // blob fetches an index's bytes.

@@ -23,6 +23,9 @@ const (
 	// MaxIndex bounds one published index, in bytes: at the usual 0.3 % that of a layer of 10 GiB.
 	// It is held in memory, here and while it is pushed.
 	MaxIndex = 32 << 20
+	// maxFootprint bounds what an index takes of memory while it is decoded, in bytes, see index.Footprint: that
+	// of a layer with half a million files, or of 10 GiB. A hostile one needs a thousandth to ask for it.
+	maxFootprint = 192 << 20
 	// maxEntries bounds the entries of a referrer. The kernel stacks 500 layers at most.
 	maxEntries = 512
 	// maxManifest bounds a referrer, in bytes: 512 entries have 250 KiB.

@@ -34,6 +34,9 @@ func Encode(x *index.Index) (Layer, error) {
 	case n > x.BlobSize+slack:
 		return Layer{}, fmt.Errorf("%w: it has %d bytes, for a layer of %d", ErrInvalid, n, x.BlobSize)
 	}
+	if err := affordable(b.Bytes()); err != nil {
+		return Layer{}, err
+	}
 	return Layer{Digest: x.Blob, Text: b.Bytes()}, nil
 }
 
