@@ -20,7 +20,8 @@ import (
 )
 
 const (
-	// parallelIndexes is how many layers are indexed at once. Decoding is what takes longest and is one core's work; each takes 15 MiB.
+	// parallelIndexes is how many layers are indexed at once. Decoding is what takes longest and is one core's work; four layers of
+	// 138 MB in all took 210 MB of memory at the most.
 	parallelIndexes = 4
 	// maxConfig bounds an image's configuration, in bytes; registries bound it at 4 MiB.
 	maxConfig = 8 << 20

@@ -19,10 +19,11 @@
 //
 // But what the index promises is its publisher's word: names, owners, modes, and the sums
 // of the chunks. Somebody who may push to the repository can promise another tree than
-// the layer has, as far as pieces of the layer can be put together to one. So a published index
-// is trusted as much as the repository it lies in, which is less than a digest is trusted.
-// Whoever uses one therefore calls [Verify] when all of the layer is there: it reads the blob
-// once more, makes the index that belongs to it, and compares.
+// the layer has, and other contents: decoding may begin where he says, in the middle of a gzip
+// stream, with the window that he gives. So a published index is trusted as much as the repository
+// it lies in, which is less than a digest is trusted. Whoever uses one therefore calls
+// [Verify] when all of the layer is there: it reads the blob once more, makes the index that
+// belongs to it, and compares.
 //
 // # What it knows of
 //
