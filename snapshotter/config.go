@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
@@ -29,6 +30,7 @@ type Config struct {
 	Root        string            `toml:"root"`  // store and snapshots
 	State       string            `toml:"state"` // sockets
 	Snapshotter SnapshotterConfig `toml:"snapshotter"`
+	Lazy        LazyConfig        `toml:"lazy"`
 	Store       StoreConfig       `toml:"store"`
 	Peers       PeersConfig       `toml:"peers"`
 	Torrents    TorrentsConfig    `toml:"torrents"`
@@ -44,6 +46,13 @@ type Config struct {
 type SnapshotterConfig struct {
 	Socket string `toml:"socket"` // containerd's proxy plugin address
 	Lazy   bool   `toml:"lazy"`   // false: every layer is unpacked
+}
+
+// LazyConfig is [lazy]: how layers are mounted.
+type LazyConfig struct {
+	Mount string   `toml:"mount"` // auto, erofs, fuse
+	Quota Size     `toml:"quota"` // of the layers; 0: no bound
+	Quiet Duration `toml:"quiet"` // before a layer is completed
 }
 
 // StoreConfig is [store].
@@ -119,6 +128,7 @@ func DefaultConfig() Config {
 		Root:        "/var/lib/quay",
 		State:       "/run/quay",
 		Snapshotter: SnapshotterConfig{Socket: "/run/quay/snapshotter.sock", Lazy: true},
+		Lazy:        LazyConfig{Mount: MountAuto, Quiet: Duration(2 * time.Second)},
 		Peers: PeersConfig{
 			SecretFile: "/etc/quay/cluster.secret",
 			Listen:     "0.0.0.0",
@@ -220,6 +230,12 @@ func (c *Config) Validate() error {
 	}
 	if c.Snapshotter.Socket == c.API.Socket {
 		wrong("api.socket", "is the same as snapshotter.socket")
+	}
+	if !slices.Contains(mountWays, c.Lazy.Mount) {
+		wrong("lazy.mount", "%q is none of %s", c.Lazy.Mount, strings.Join(mountWays, ", "))
+	}
+	if q := time.Duration(c.Lazy.Quiet); q < leastQuiet || q > mostQuiet {
+		wrong("lazy.quiet", "%q is not between %s and %s", q, leastQuiet, mostQuiet)
 	}
 	if net.ParseIP(c.Peers.Listen) == nil {
 		wrong("peers.listen", "%q is not an IP address; the ports are set by peers.ports", c.Peers.Listen)

@@ -25,6 +25,7 @@ type Service interface {
 // Options are how Run is told about the process it runs in. The functions may be nil.
 type Options struct {
 	Version  string
+	Self     string // see Deps
 	Log      *slog.Logger
 	Ready    func(healthy func(context.Context) error) // everything is served from now on
 	Stopping func()                                    // the end has begun
@@ -68,12 +69,13 @@ func Run(ctx context.Context, cfg Config, o Options) (err error) {
 		}
 		services = append(services, m)
 	}
-	sn, serr := New(ctx, cfg, Deps{Layers: node.Layers, Log: o.Log})
+	sn, serr := New(ctx, cfg, Deps{Layers: node.Layers, Self: o.Self, Log: o.Log})
 	if serr != nil {
 		stop(shutdownAll(services))
 		return serr
 	}
 	services = append(services, sn)
+	node.Mounts(sn.Layers)
 
 	g, gctx := errgroup.WithContext(ctx)
 	for _, s := range services {

@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy/lazytest"
 )
@@ -61,9 +62,10 @@ func (l *lines) logger() *slog.Logger {
 // rig is a snapshotter in a test's folder, that leaves neither mounts nor goroutines behind.
 type rig struct {
 	*Snapshots
-	t    *testing.T
-	root string
-	log  *lines
+	t     *testing.T
+	root  string
+	log   *lines
+	erofs *layerfs.Options // nil: FUSE trees
 }
 
 func newRig(t *testing.T, layers lazy.Layers) *rig {
@@ -93,7 +95,7 @@ func newRig(t *testing.T, layers lazy.Layers) *rig {
 func (r *rig) open(layers lazy.Layers) {
 	r.t.Helper()
 	captureLibraryLog(r.log.logger())
-	s, err := OpenSnapshots(r.t.Context(), r.root, layers, r.log.logger())
+	s, err := OpenSnapshots(r.t.Context(), r.root, Mounting{EROFS: r.erofs, Layers: layers}, r.log.logger())
 	if err != nil {
 		r.t.Fatal(err)
 	}

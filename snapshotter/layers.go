@@ -2,7 +2,10 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"slices"
 	"sync"
 
@@ -12,6 +15,10 @@ import (
 
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/snapshotter/index"
+	"github.com/docker-quay/docker-quay/snapshotter/index/published"
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
+	"github.com/docker-quay/docker-quay/snapshotter/layerstore"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 )
 
@@ -20,11 +27,12 @@ import (
 // forgotten, which costs each a token.
 const maxRepositories = 1000
 
-// Layers is lazy.Layers over the fetcher.
+// Layers are the layers that the fetcher can get: lazy.Layers and layerfs.Source.
 type Layers struct {
 	f *fetcher.Fetcher
 	// own returns the client with the node's own credentials, for a registry's host.
-	own func(host string) *origin.Client
+	own    func(host string) *origin.Client
+	finder *published.Finder
 
 	mu    sync.Mutex // guards following
 	repos map[string]*repository
@@ -36,12 +44,15 @@ type repository struct {
 	origin *origin.Repository
 }
 
-var _ lazy.Layers = (*Layers)(nil)
+var _ LayerSource = (*Layers)(nil)
 
 // NewLayers returns the layers that f can fetch. own gives the client to use for
 // a registry, by its host.
-func NewLayers(f *fetcher.Fetcher, own func(host string) *origin.Client) *Layers {
-	return &Layers{f: f, own: own, repos: make(map[string]*repository)}
+func NewLayers(f *fetcher.Fetcher, own func(host string) *origin.Client, log *slog.Logger) *Layers {
+	return &Layers{
+		f: f, own: own, repos: make(map[string]*repository),
+		finder: published.NewFinder(published.FinderOptions{Log: log}),
+	}
 }
 
 // Opened tells of a client that may read the image ref. Its repository is read with it
@@ -98,16 +109,65 @@ func (l *Layers) blobs(ctx context.Context, name reference.Named, repo *reposito
 
 // Open implements lazy.Layers.
 func (l *Layers) Open(ctx context.Context, ref string, desc ocispec.Descriptor) (lazy.Layer, error) {
-	name, repo, err := l.repository(ref)
-	if err != nil {
-		return nil, err
-	}
-	b, err := l.f.Layer(ctx, name, desc, fetcher.Way{Repository: repo.origin, Client: repo.client})
+	b, err := l.blob(ctx, ref, desc)
 	if err != nil {
 		return nil, err
 	}
 	return demandBlob{b}, nil
 }
+
+// Blob implements layerfs.Source.
+func (l *Layers) Blob(ctx context.Context, ref string, desc ocispec.Descriptor) (layerfs.Blob, error) {
+	b, err := l.blob(ctx, ref, desc)
+	if err != nil {
+		return nil, err
+	}
+	return sharedBlob{b}, nil
+}
+
+func (l *Layers) blob(ctx context.Context, ref string, desc ocispec.Descriptor) (*fetcher.Blob, error) {
+	name, repo, err := l.repository(ref)
+	if err != nil {
+		return nil, err
+	}
+	return l.f.Layer(ctx, name, desc, fetcher.Way{Repository: repo.origin, Client: repo.client})
+}
+
+// Index implements layerfs.Source.
+func (l *Layers) Index(ctx context.Context, ref string, manifest digest.Digest, desc ocispec.Descriptor) (*index.Index, error) {
+	name, repo, err := l.repository(ref)
+	if err != nil {
+		return nil, err
+	}
+	way := fetcher.Way{Repository: repo.origin, Client: repo.client}
+	x, err := l.finder.Find(ctx, published.Query{
+		Repository: repo.origin, Manifest: manifest, Layer: desc,
+		Open: func(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+			b, err := l.f.Layer(ctx, name, d, way)
+			if err != nil {
+				return nil, err
+			}
+			return wholeBlob{b.Reader(ctx), b}, nil
+		},
+	})
+	if errors.Is(err, published.ErrNone) {
+		return nil, nil
+	}
+	return x, err
+}
+
+// Verify implements layerfs.Source.
+func (l *Layers) Verify(ctx context.Context, blob io.Reader, x *index.Index) error {
+	return published.Verify(ctx, blob, x)
+}
+
+// wholeBlob is a reader that closes its blob, too.
+type wholeBlob struct {
+	io.ReadCloser
+	blob *fetcher.Blob
+}
+
+func (w wholeBlob) Close() error { return errors.Join(w.ReadCloser.Close(), w.blob.Close()) }
 
 // repository returns how to get at the repository of an image.
 func (l *Layers) repository(ref string) (reference.Named, *repository, error) {
@@ -139,6 +199,17 @@ func (l *Layers) remember(name reference.Named, r *repository) {
 	}
 	l.repos[name.Name()] = r
 }
+
+// sharedBlob reads a blob as the layer store wants it.
+type sharedBlob struct{ *fetcher.Blob }
+
+func (b sharedBlob) ReadAt(ctx context.Context, p []byte, off int64, prio layerstore.Priority) (int, error) {
+	return b.Blob.ReadAt(ctx, p, off, fetcher.Priority(prio))
+}
+
+// Doubt hears that bytes were not what the layer's index says. A piece on disk is dropped when the whole
+// does not have its digest: so the whole is fetched.
+func (b sharedBlob) Doubt(_, _ int64) { b.Blob.Fetch() }
 
 // demandBlob reads a blob as one that a container waits for.
 type demandBlob struct{ *fetcher.Blob }

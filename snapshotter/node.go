@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -19,16 +20,17 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher/origin"
 	"github.com/docker-quay/docker-quay/fetcher/store"
 	"github.com/docker-quay/docker-quay/fetcher/trust"
-	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 )
 
 // Node is what the daemon runs beside the snapshotter: the fetcher, and what is
 // served from it.
 type Node struct {
-	Layers   lazy.Layers                     // where layers come from; nil: every layer is unpacked
-	Services []Service                       // mirror and node API, listening already
-	Metrics  prometheus.Collector            // of the fetcher
-	Close    func(ctx context.Context) error // after the services and the snapshotter are down; may be nil
+	Layers   LayerSource          // where layers come from; nil: every layer is unpacked
+	Services []Service            // mirror and node API, listening already
+	Metrics  prometheus.Collector // of the fetcher
+	// Mounts tells the node API how layers are mounted, once that is known.
+	Mounts func(func() *api.Layers)
+	Close  func(ctx context.Context) error // after the services and the snapshotter are down; may be nil
 }
 
 // NewNode builds the fetcher of cfg, and what is served from it. When it fails nothing is
@@ -78,16 +80,20 @@ func NewNode(ctx context.Context, cfg Config, version string, log *slog.Logger) 
 		return nil, err
 	}
 	closers = append(closers, f.Close)
-	layers := NewLayers(f, clients.of)
-	services, err := serve(cfg, version, log, f, clients, layers)
+	layers := NewLayers(f, clients.of, log)
+	var mounts atomic.Pointer[func() *api.Layers]
+	services, err := serve(cfg, version, log, f, clients, layers, &mounts)
 	if err != nil {
 		return nil, err
 	}
-	return &Node{Layers: layers, Services: services, Metrics: metrics{f.Stats}, Close: closeAll}, nil
+	return &Node{
+		Layers: layers, Services: services, Metrics: metrics{f.Stats}, Close: closeAll,
+		Mounts: func(of func() *api.Layers) { mounts.Store(&of) },
+	}, nil
 }
 
 // serve opens the mirror and the node API over a fetcher.
-func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *clients, layers *Layers) ([]Service, error) {
+func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *clients, layers *Layers, mounts *atomic.Pointer[func() *api.Layers]) ([]Service, error) {
 	var services []Service
 	if cfg.Mirror.Listen != "" {
 		m, err := newHTTPService("registry mirror", "mirror.listen", cfg.Mirror.Listen, mirror.New(mirror.Options{
@@ -119,6 +125,9 @@ func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *
 				st.Addr = a.String()
 			}
 			st.Store, _ = f.Store().Usage()
+			if of := mounts.Load(); of != nil {
+				st.Layers = (*of)()
+			}
 			return st
 		},
 	}))), nil

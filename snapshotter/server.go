@@ -13,18 +13,28 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 
+	"github.com/docker-quay/docker-quay/fetcher/api"
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 )
 
 // Deps are what a Server needs from the rest of the node.
 type Deps struct {
-	Layers lazy.Layers  // nil: every layer is unpacked
+	Layers LayerSource  // nil: every layer is unpacked
+	Self   string       // this program's file, which has the commands KeeperCommand and MounterCommand; "": no EROFS
 	Log    *slog.Logger // nil: slog.Default()
+}
+
+// LayerSource is where layers come from, for each way to mount them.
+type LayerSource interface {
+	lazy.Layers
+	layerfs.Source
 }
 
 // Server serves containerd's snapshots API on the unix socket of Config.Snapshotter.
 type Server struct {
 	sn  *Snapshots
+	how chosen
 	rpc *grpc.Server
 	l   net.Listener
 }
@@ -36,10 +46,12 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Server, error) {
 	if deps.Log == nil {
 		deps.Log = slog.Default()
 	}
-	if !cfg.Snapshotter.Lazy {
-		deps.Layers = nil
+	m, how, err := mounting(cfg, deps)
+	if err != nil {
+		return nil, err
 	}
-	sn, err := OpenSnapshots(ctx, filepath.Join(cfg.Root, "snapshotter"), deps.Layers, deps.Log)
+	deps.Log.Info("layers are mounted", "way", how.way, "why", how.why)
+	sn, err := OpenSnapshots(ctx, filepath.Join(cfg.Root, "snapshotter"), m, deps.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -54,17 +66,32 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Server, error) {
 		grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 	)
 	snapshotsapi.RegisterSnapshotsServer(rpc, snapshotservice.FromSnapshotter(sn))
-	return &Server{sn: sn, rpc: rpc, l: l}, nil
+	return &Server{sn: sn, how: how, rpc: rpc, l: l}, nil
 }
 
 // Name implements Service.
 func (s *Server) Name() string { return "snapshotter on " + s.l.Addr().String() }
 
-// Serve answers until Shutdown, and then returns nil.
-func (s *Server) Serve() error { return s.rpc.Serve(s.l) }
+// Serve answers until Shutdown, and then returns nil; or until the data of layers cannot be served.
+func (s *Server) Serve() error {
+	f := s.sn.layers
+	if f == nil {
+		return s.rpc.Serve(s.l)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.rpc.Serve(s.l) }()
+	select {
+	case err := <-served:
+		return err
+	case <-f.Failed():
+		if err := f.Err(); err != nil {
+			return fmt.Errorf("the data of layers cannot be served any more: %w", err)
+		}
+		return <-served
+	}
+}
 
-// Shutdown lets calls in progress end until ctx does, then cuts them, and unmounts all
-// lazy layers.
+// Shutdown lets calls in progress end until ctx does, then cuts them, and closes the snapshotter.
 func (s *Server) Shutdown(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
@@ -79,6 +106,19 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	s.l.Close() // when Serve was never called
 	return s.sn.Close()
+}
+
+// Layers says how layers are mounted, for the node's status.
+func (s *Server) Layers() *api.Layers {
+	st := &api.Layers{Mount: s.how.way, Why: s.how.why}
+	if s.sn.layers == nil {
+		return st
+	}
+	now := s.sn.layers.Status()
+	st.Mounts, st.Direct = now.Mounts, now.Data
+	st.Stored, st.Complete, st.Bytes = now.Layers.Layers, now.Layers.Complete, now.Layers.Bytes
+	st.Reads, st.ReadErrors, st.ReadsWaiting = now.Reads, now.Errors, now.InFlight
+	return st
 }
 
 // Healthy tells whether the snapshotter's database answers, for a watchdog.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,8 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
+	"github.com/docker-quay/docker-quay/snapshotter/layerstore"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 )
 
@@ -34,12 +37,38 @@ const (
 // ErrInUse says that another daemon works on the same folder or socket.
 var ErrInUse = errors.New("in use by another daemon")
 
+// layerMounts is what mounts layers: packages lazy and layerfs.
+type layerMounts interface {
+	snapshot.FileSystem
+	Restore(ctx context.Context, points []lazy.Mountpoint) (failed int)
+	Close() error
+}
+
+var (
+	_ layerMounts = (*lazy.FileSystem)(nil)
+	_ layerMounts = (*layerfs.FileSystem)(nil)
+)
+
+// Mounting is how layers are mounted.
+type Mounting struct {
+	// EROFS is by the kernel's own file system; Store, State and Source are set by the caller. Mounts
+	// outlive Close.
+	EROFS *layerfs.Options
+	// Layers are mounted by a FUSE tree when EROFS is nil, and unmounted by Close. nil: every layer is
+	// unpacked by containerd.
+	Layers lazy.Layers
+	// First is called when the folder is this process's and nothing is mounted yet; nil is nothing. It
+	// ends what a daemon that mounted in another way has left.
+	First func(context.Context) error
+}
+
 // Snapshots is containerd's snapshotter interface over overlayfs, with lazily mounted layers.
-// Close unmounts all lazy layers; they come back with the next OpenSnapshots.
+// What Close does with their mounts is a matter of Mounting.
 type Snapshots struct {
 	snapshots.Snapshotter
-	fs   *lazy.FileSystem
-	lock *os.File
+	fs     layerMounts
+	layers *layerfs.FileSystem // fs, when that is what it is
+	lock   *os.File
 
 	cancel    context.CancelFunc // ends the restore
 	restored  chan struct{}
@@ -48,11 +77,10 @@ type Snapshots struct {
 }
 
 // OpenSnapshots opens the snapshotter whose state is in the folder root, making it
-// if need be. layers may be nil: then every layer is unpacked. ErrInUse when another
-// process has the folder.
+// if need be. ErrInUse when another process has the folder.
 //
-// Lazy mounts of an earlier process are made again in the background; Restored tells when.
-func OpenSnapshots(ctx context.Context, root string, layers lazy.Layers, log *slog.Logger) (_ *Snapshots, err error) {
+// Mounts of an earlier process are taken over or made again in the background; Restored tells when.
+func OpenSnapshots(ctx context.Context, root string, how Mounting, log *slog.Logger) (_ *Snapshots, err error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, fmt.Errorf("the snapshotter's folder cannot be made: %w", err)
 	}
@@ -65,42 +93,72 @@ func OpenSnapshots(ctx context.Context, root string, layers lazy.Layers, log *sl
 			lock.Close()
 		}
 	}()
-	// From here on whatever is mounted below root was mounted by a daemon that is dead.
-	dir := filepath.Join(root, "snapshots")
-	if err := unmountBelow(dir, log); err != nil {
-		return nil, err
+	if how.First != nil {
+		if err := how.First(ctx); err != nil {
+			return nil, err
+		}
 	}
+	dir := filepath.Join(root, "snapshots")
 	points, err := lazyPoints(ctx, root, dir)
 	if err != nil {
 		return nil, err
 	}
-	userXattr, err := overlayutils.NeedsUserXAttr(root)
-	if err != nil {
-		log.Warn("cannot find out whether overlayfs needs userxattr; assuming it does not", "error", err)
+	s := &Snapshots{lock: lock, restored: make(chan struct{})}
+	// What is mounted below root and is not taken over was mounted by a daemon that is dead.
+	if how.EROFS != nil {
+		s.fs, err = s.openLayers(ctx, dir, *how.EROFS, points, log)
+	} else if err = unmountBelow(dir, nil, log); err == nil {
+		s.fs, err = openTrees(root, how.Layers, log)
 	}
-	fs, err := lazy.New(lazy.Options{Dir: filepath.Join(root, "chunks"), Layers: layers, Log: log, UserXattr: userXattr})
 	if err != nil {
 		return nil, err
 	}
 	// NoRestore: the library's own restore mounts one after another and, unless told to
 	// leave broken mounts for somebody to clean up by hand, ends the start at the first failure.
-	sn, err := snapshot.NewSnapshotter(ctx, root, fs, snapshot.NoRestore)
+	s.Snapshotter, err = snapshot.NewSnapshotter(ctx, root, s.fs, snapshot.NoRestore)
 	if err != nil {
-		fs.Close()
+		s.fs.Close()
 		return nil, fmt.Errorf("the snapshotter's state in %s cannot be opened: %w", root, err)
 	}
-	s := &Snapshots{Snapshotter: sn, fs: fs, lock: lock, restored: make(chan struct{})}
 	rctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
 	go func() {
 		defer close(s.restored)
-		if len(points) == 0 {
-			return
+		failed := s.fs.Restore(rctx, points)
+		if len(points) > 0 {
+			log.Info("lazy layers of the last run mounted again", "layers", len(points)-failed, "failed", failed)
 		}
-		failed := fs.Restore(rctx, points)
-		log.Info("lazy layers of the last run mounted again", "layers", len(points)-failed, "failed", failed)
 	}()
 	return s, nil
+}
+
+// openTrees makes the file system of FUSE trees.
+func openTrees(root string, layers lazy.Layers, log *slog.Logger) (layerMounts, error) {
+	userXattr, err := overlayutils.NeedsUserXAttr(root)
+	if err != nil {
+		log.Warn("cannot find out whether overlayfs needs userxattr; assuming it does not", "error", err)
+	}
+	return lazy.New(lazy.Options{Dir: filepath.Join(root, "chunks"), Layers: layers, Log: log, UserXattr: userXattr})
+}
+
+// openLayers makes that of EROFS mounts.
+func (s *Snapshots) openLayers(ctx context.Context, dir string, o layerfs.Options, points []lazy.Mountpoint, log *slog.Logger) (layerMounts, error) {
+	f, err := layerfs.New(ctx, o)
+	if errors.Is(err, layerstore.ErrLocked) {
+		err = fmt.Errorf("%w: %w", ErrInUse, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	ours := make(map[string]bool, len(points))
+	for _, p := range points {
+		ours[p.Path] = true
+	}
+	if err := unmountBelow(dir, func(at string) bool { return ours[at] && f.Lives(at) }, log); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	s.layers = f
+	return f, nil
 }
 
 // Restored is closed when every lazy mount of the last run was tried once.
@@ -125,6 +183,17 @@ func (s *Snapshots) Prepare(ctx context.Context, key, parent string, opts ...sna
 	if _, err := s.Stat(ctx, key); err == nil {
 		return s.Snapshotter.Prepare(ctx, key, parent, opts...) // fails; the key is its owner's to remove
 	}
+	if s.layers != nil {
+		// Here and not in Mount, during which the library has a transaction open. When the layer does
+		// not come, containerd unpacks it.
+		if done, err := s.layers.Bring(ctx, base.Labels, parent == ""); err == nil {
+			defer done()
+		} else if ctx.Err() != nil {
+			return nil, err
+		} else {
+			return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutTarget)...)
+		}
+	}
 	m, err := s.Snapshotter.Prepare(ctx, key, parent, opts...)
 	if !errdefs.IsAlreadyExists(err) {
 		return m, err
@@ -135,6 +204,30 @@ func (s *Snapshots) Prepare(ctx context.Context, key, parent string, opts ...sna
 		}
 	}
 	return nil, err
+}
+
+// withoutTarget has a layer unpacked by containerd.
+func withoutTarget(i *snapshots.Info) error {
+	i.Labels = maps.Clone(i.Labels) // the caller's
+	delete(i.Labels, targetLabel)
+	return nil
+}
+
+// Usage implements snapshots.Snapshotter. A layer that is mounted takes what it has in the layer store,
+// which images share.
+func (s *Snapshots) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
+	u, err := s.Snapshotter.Usage(ctx, key)
+	if err != nil || s.layers == nil {
+		return u, err
+	}
+	info, err := s.Stat(ctx, key)
+	if err != nil || info.Labels[remoteLabel] == "" {
+		return u, err
+	}
+	if t, err := lazy.ParseLabels(info.Labels); err == nil {
+		u.Size += s.layers.Usage(t.Layer)
+	}
+	return u, nil
 }
 
 // Cleanup implements snapshots.Cleaner.
@@ -173,10 +266,11 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// unmountBelow unmounts what lies below dir in this mount namespace, innermost first.
-func unmountBelow(dir string, log *slog.Logger) error {
+// unmountBelow unmounts what lies below dir in this mount namespace, innermost first, but for
+// what keep wants.
+func unmountBelow(dir string, keep func(at string) bool, log *slog.Logger) error {
 	found, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
-		return !strings.HasPrefix(i.Mountpoint, dir+"/"), false
+		return !strings.HasPrefix(i.Mountpoint, dir+"/") || keep != nil && keep(i.Mountpoint), false
 	})
 	if err != nil {
 		return fmt.Errorf("the mounts of this system cannot be listed: %w", err)

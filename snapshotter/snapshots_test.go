@@ -34,7 +34,7 @@ func TestSuite(t *testing.T) {
 	log := new(lines)
 	captureLibraryLog(log.logger())
 	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := OpenSnapshots(ctx, root, lazytest.NewImage(), log.logger())
+		s, err := OpenSnapshots(ctx, root, Mounting{Layers: lazytest.NewImage()}, log.logger())
 		if err != nil {
 			return nil, nil, err
 		}
@@ -455,7 +455,7 @@ func TestUnmountEndsMount(t *testing.T) {
 // TestLocked: two daemons never work on one folder.
 func TestLocked(t *testing.T) {
 	r := newRig(t, nil)
-	if _, err := OpenSnapshots(t.Context(), r.root, nil, r.log.logger()); !errors.Is(err, ErrInUse) {
+	if _, err := OpenSnapshots(t.Context(), r.root, Mounting{}, r.log.logger()); !errors.Is(err, ErrInUse) {
 		t.Errorf("got %v, want ErrInUse", err)
 	}
 }

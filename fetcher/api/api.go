@@ -59,6 +59,26 @@ type Status struct {
 	Snapshotter string      `json:"snapshotter,omitempty"`
 	Mirror      string      `json:"mirror,omitempty"`
 	Store       store.Usage `json:"store"`
+	// Layers says how the snapshotter mounts layers; nil before it runs.
+	Layers *Layers `json:"layers,omitempty"`
+}
+
+// Layers is how a node's snapshotter mounts layers, and how it is doing.
+type Layers struct {
+	// Mount is erofs, fuse or unpack, and Why the reason in words.
+	Mount string `json:"mount"`
+	Why   string `json:"why"`
+	// Mounts are those of layers; Direct is how many of them read plain files, without the daemon.
+	Mounts int `json:"mounts,omitempty"`
+	Direct int `json:"direct,omitempty"`
+	// Stored are the layers on disk, Complete how many of them are all there, Bytes what they take.
+	Stored   int   `json:"stored,omitempty"`
+	Complete int   `json:"complete,omitempty"`
+	Bytes    int64 `json:"bytes,omitempty"`
+	// Reads were answered by the daemon, ReadErrors failed, ReadsWaiting wait now.
+	Reads        uint64 `json:"reads,omitempty"`
+	ReadErrors   uint64 `json:"read_errors,omitempty"`
+	ReadsWaiting int    `json:"reads_waiting,omitempty"`
 }
 
 // Credential is a registry login of the client's.

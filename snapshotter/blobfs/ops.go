@@ -68,10 +68,26 @@ func (w *worker) handle(b []byte) {
 			w.s.interrupt(native.Uint64(r.arg))
 		}
 	case opForget, opBatchForget: // ids are not counted; and there is no answer
-	case opRelease, opReleasedir, opDestroy:
+	case opRelease:
+		w.reply(r, nil)
+		w.s.released(r.node)
+	case opReleasedir, opDestroy:
 		w.reply(r, nil)
 	default: // FLUSH too: the kernel never sends it again
 		w.error(r, syscall.ENOSYS)
+	}
+}
+
+// released tells a File that is interested.
+func (s *Server) released(node uint64) {
+	s.mu.Lock()
+	f := s.files[node]
+	s.mu.Unlock()
+	if f == nil {
+		return
+	}
+	if r, ok := f.f.(Releaser); ok {
+		r.Released()
 	}
 }
 

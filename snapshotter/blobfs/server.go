@@ -33,6 +33,15 @@ type Prompt interface {
 	ReadNow(p []byte, off int64) (bool, error)
 }
 
+// Releaser is a File that hears when the kernel has closed it: once for each time that
+// somebody opened it, also when that was in the days of a former Server. An EROFS has
+// its devices open as long as it lives, so this is how its end is known. Released
+// returns soon.
+type Releaser interface {
+	File
+	Released()
+}
+
 // Options of a Server. The zero value is good.
 type Options struct {
 	// Workers answer what needs no waiting; 0 is one for each CPU, at least

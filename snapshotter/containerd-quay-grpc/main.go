@@ -19,6 +19,8 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher"
 	"github.com/docker-quay/docker-quay/install"
 	"github.com/docker-quay/docker-quay/snapshotter"
+	"github.com/docker-quay/docker-quay/snapshotter/keeper"
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
 )
 
 // Exit codes, as the help lists them.
@@ -73,8 +75,8 @@ func command(out io.Writer) *cobra.Command {
 		Use:   "containerd-quay-grpc",
 		Short: "Node daemon of docker quay: lazy snapshotter, registry mirror, peer",
 		Long: `containerd-quay-grpc fetches images from registries and from other nodes, and
-serves them to containerd: as a snapshotter that mounts eStargz and zstd:chunked
-layers before they are there, and as a registry mirror on loopback for all others.
+serves them to containerd: as a snapshotter that mounts layers before they are there, or
+unpacks them side by side, and as a registry mirror on loopback.
 
 It ends in order on SIGINT and SIGTERM; a second signal ends it at once.
 
@@ -105,8 +107,45 @@ Exit codes:
 	pf.StringVar(&f.config, "config", snapshotter.DefaultConfigPath, "configuration file; the default one need not exist")
 	pf.StringVar(&f.root, "root", "", "folder of the store and the snapshots, instead of the configuration's `root`")
 	pf.StringVar(&f.logLevel, "log-level", "", "debug, info, warn or error, instead of the configuration's")
-	cmd.AddCommand(configCommand(&f))
+	cmd.AddCommand(configCommand(&f), releaseCommand(&f), keeperCommand(), mounterCommand())
 	return cmd
+}
+
+func releaseCommand(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "release",
+		Short: "Unmount all layers and end the keeper, once the daemon is stopped for good",
+		Long: `release unmounts all layers that a stopped daemon left mounted, and ends the process that keeps its
+connection with the kernel. Containers that still run on them get errors from layers that are not complete.
+Without it both stay for the next start of the daemon.`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := load(cmd, *f)
+			if err != nil {
+				return err
+			}
+			if os.Geteuid() != 0 {
+				return errRoot
+			}
+			return snapshotter.Release(cmd.Context(), cfg, newLogger(os.Stderr, cfg.Log))
+		},
+	}
+}
+
+// keeperCommand is the process that holds /dev/fuse; the daemon starts it.
+func keeperCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: snapshotter.KeeperCommand, Hidden: true, Args: usageArgs(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error { return keeper.Run(cmd.Context(), args[0]) },
+	}
+}
+
+// mounterCommand is the process that mounts layers for the daemon.
+func mounterCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: snapshotter.MounterCommand, Hidden: true, Args: usageArgs(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error { return layerfs.RunMounter(os.Stdin, os.Stdout) },
+	}
 }
 
 func configCommand(f *flags) *cobra.Command {
@@ -181,8 +220,12 @@ func run(ctx context.Context, cmd *cobra.Command, f flags) error {
 	context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })
 	sd := &systemd{log: log}
 	defer sd.stop()
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("the daemon does not find its own program, which it needs for helpers: %w", err)
+	}
 	return snapshotter.Run(ctx, cfg, snapshotter.Options{
-		Version: fetcher.Version, Log: log, Ready: sd.ready, Stopping: sd.stopping,
+		Version: fetcher.Version, Self: self, Log: log, Ready: sd.ready, Stopping: sd.stopping,
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // stageEnv tells Run what Start wants of it: "leave" to the first process, which makes
@@ -190,4 +193,52 @@ func shelter(pid int) {
 			_ = os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(p), 0)
 		}
 	}
+}
+
+// End has the keeper of socketPath end, and with it what it holds. It returns when nobody answers
+// there any more, at once when nobody did.
+func End(ctx context.Context, socketPath string) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		pid, err := pidOf(ctx, socketPath)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+			return nil
+		}
+		if err == nil {
+			err = syscall.Kill(pid, syscall.SIGTERM)
+		}
+		if err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("the keeper of %s cannot be ended: %w", socketPath, err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the keeper of %s does not end: %w", socketPath, ctx.Err())
+		case <-time.After(retry):
+		}
+	}
+}
+
+// pidOf is the process that listens on a keeper's socket.
+func pidOf(ctx context.Context, socketPath string) (int, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unixpacket", socketPath)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	err = raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err = errors.Join(err, cerr); err != nil {
+		return 0, err
+	}
+	if int(cred.Pid) == os.Getpid() || cred.Pid <= 1 {
+		return 0, fmt.Errorf("process %d is no keeper", cred.Pid)
+	}
+	return int(cred.Pid), nil
 }

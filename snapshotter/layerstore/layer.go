@@ -84,6 +84,14 @@ func (h *Layer) MetaPath() string { return h.l.path(fileMeta) }
 // written to again.
 func (h *Layer) Completed() bool { return h.l.complete.Load() }
 
+// IndexSum is the digest of the layer's encoded index. Two layers of one blob and one
+// IndexSum have the same data file, byte for byte; those of another index may not.
+func (h *Layer) IndexSum() digest.Digest { return h.l.info.IndexSum }
+
+// Implicit tells that the layer has things in directories that it leaves out, whose
+// attributes are those of the layer below (index.Entry): its metadata image cannot know them.
+func (h *Layer) Implicit() bool { return h.l.info.Implicit }
+
 // SetSource names where missing chunks come from, from now on. open is called when the
 // first one is needed, never for a layer that is complete, and again after it failed;
 // its context is for the opening alone. The Blob is closed, if it can be, once the layer
@@ -128,6 +136,19 @@ func (h *Layer) ReadAt(ctx context.Context, p []byte, off int64) error {
 		return fmt.Errorf("read layer %s: %w", l.info.Blob, err)
 	}
 	return nil
+}
+
+// ReadNow is ReadAt when all of it is present. Otherwise it returns false at once and has
+// read nothing.
+func (h *Layer) ReadNow(p []byte, off int64) (bool, error) {
+	l := h.l
+	if h.closed.Load() || len(p) == 0 || off < 0 || int64(len(p)) > l.info.DataSize-off {
+		return false, nil // ReadAt says what is wrong
+	}
+	if !l.full.Load() && !l.has.all(l.chunks.at(off), l.chunks.at(off+int64(len(p))-1)) {
+		return false, nil
+	}
+	return true, h.ReadAt(context.Background(), p, off)
 }
 
 // Close lets go of the layer. Who closes the last handle waits for what is under way

@@ -46,7 +46,8 @@ type info struct {
 	IndexSize int64         `json:"indexSize"`
 	IndexSum  digest.Digest `json:"indexSum"`
 	MetaSize  int64         `json:"metaSize"`
-	Chunks    []byte        `json:"chunks"` // see chunkTable.pack
+	Implicit  bool          `json:"implicit,omitempty"` // an entry of the index is
+	Chunks    []byte        `json:"chunks"`             // see chunkTable.pack
 }
 
 func folderName(d digest.Digest) string { return d.Algorithm().String() + "-" + d.Encoded() }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync/atomic"
 
@@ -154,7 +155,8 @@ func (s *Store) finish(dir string, x *index.Index, charged int64, all bool) erro
 	}
 	in := info{
 		Version: infoVersion, Blob: x.Blob, BlobSize: x.BlobSize, DiffID: x.DiffID, DataSize: x.DataSize,
-		Chunks: chunks.pack(),
+		Chunks:   chunks.pack(),
+		Implicit: slices.ContainsFunc(x.Entries, func(e index.Entry) bool { return e.Implicit }),
 	}
 	var g errgroup.Group
 	g.Go(func() error {

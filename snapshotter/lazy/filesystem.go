@@ -205,7 +205,7 @@ func (f *FileSystem) mount(ctx context.Context, p *place, at string, labels map[
 	p.cancel = cancel
 	f.mu.Unlock()
 
-	t, err := parseLabels(labels)
+	t, err := ParseLabels(labels)
 	var m *mounted
 	var kind format
 	if err == nil {
@@ -222,7 +222,7 @@ func (f *FileSystem) mount(ctx context.Context, p *place, at string, labels map[
 	}
 	f.mu.Unlock()
 
-	line := f.log.With("digest", t.layer, "image", t.ref)
+	line := f.log.With("digest", t.Layer, "image", t.Ref)
 	took := time.Since(start).Round(time.Millisecond)
 	switch {
 	case err == nil:
@@ -236,7 +236,7 @@ func (f *FileSystem) mount(ctx context.Context, p *place, at string, labels map[
 }
 
 // build does the work of a mount.
-func (f *FileSystem) build(ctx context.Context, at string, t target) (*mounted, format, error) {
+func (f *FileSystem) build(ctx context.Context, at string, t Target) (*mounted, format, error) {
 	if f.layers == nil {
 		return nil, "", ErrOff
 	}
@@ -245,14 +245,14 @@ func (f *FileSystem) build(ctx context.Context, at string, t target) (*mounted, 
 	if err != nil {
 		return nil, "", err
 	}
-	blob, table, err := f.open(ctx, t.ref, desc, ref)
+	blob, table, err := f.open(ctx, t.Ref, desc, ref)
 	if err != nil {
 		return nil, "", err
 	}
-	reader := &blobReader{blob: blob, size: desc.Size, failed: f.readFailed(t.ref, desc.Digest)}
+	reader := &blobReader{blob: blob, size: desc.Size, failed: f.readFailed(t.Ref, desc.Digest)}
 	// Not the context of this call: the mount outlives it.
 	reader.ctx, reader.cancel = context.WithCancel(f.ctx)
-	tr, err := openTree(ctx, t.ref, desc, table, reader, f.cache.newDir(), f.cache, f.opaque)
+	tr, err := openTree(ctx, t.Ref, desc, table, reader, f.cache.newDir(), f.cache, f.opaque)
 	if err != nil {
 		return nil, "", err
 	}
@@ -269,13 +269,13 @@ func (f *FileSystem) build(ctx context.Context, at string, t target) (*mounted, 
 }
 
 // describe finds a layer's descriptor, and what vouches for its table of contents.
-func (f *FileSystem) describe(ctx context.Context, t target) (ocispec.Descriptor, tocRef, error) {
-	desc, err := f.layers.Describe(ctx, t.ref, t.manifest, t.layer)
+func (f *FileSystem) describe(ctx context.Context, t Target) (ocispec.Descriptor, tocRef, error) {
+	desc, err := f.layers.Describe(ctx, t.Ref, t.Manifest, t.Layer)
 	if err != nil {
 		return desc, tocRef{}, fmt.Errorf("the image's manifest could not be looked up: %w", err)
 	}
-	if desc.Digest != t.layer {
-		return desc, tocRef{}, fmt.Errorf("the image's manifest has no layer %s", t.layer)
+	if desc.Digest != t.Layer {
+		return desc, tocRef{}, fmt.Errorf("the image's manifest has no layer %s", t.Layer)
 	}
 	ref, err := tocRefOf(desc, t)
 	if errors.Is(err, errPlain) {

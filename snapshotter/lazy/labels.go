@@ -18,49 +18,54 @@ const (
 	oldLayersLabel = "containerd.io/snapshot/remote/stargz.layers"
 )
 
+// diffIDLabel is that of containerd 2.4 and later.
+const diffIDLabel = "containerd.io/snapshot/diff-id"
+
 // errNoSource says that the labels do not tell which layer is meant.
 var errNoSource = errors.New("containerd did not say which image the layer belongs to; " +
 	"set enable_remote_snapshot_annotations = \"true\" in the exports of its proxy plugin, and pull without --local")
 
-// target is what the labels of a snapshot say about its layer.
-type target struct {
-	ref        string          // name of the image
-	manifest   digest.Digest   // of the image; "" when not told
-	layer      digest.Digest   // of the compressed blob
-	toc        digest.Digest   // of the table of contents; "" when not told
-	neighbours []digest.Digest // the layers above this one that will be asked for next
+// Target is what the labels of a snapshot say about its layer.
+type Target struct {
+	Ref        string          // name of the image
+	Manifest   digest.Digest   // of the image; "" when not told
+	Layer      digest.Digest   // of the compressed blob
+	DiffID     digest.Digest   // of its tar; "" when not told
+	TOC        digest.Digest   // of the table of contents; "" when not told
+	Neighbours []digest.Digest // the layers above this one that will be asked for next
 }
 
-// parseLabels reads the labels of containerd 1.6 to 2.x and of stargz-snapshotter's
+// ParseLabels reads the labels of containerd 1.6 to 2.x and of stargz-snapshotter's
 // clients. Digests are checked for their form.
-func parseLabels(labels map[string]string) (target, error) {
-	var t target
-	t.ref = first(labels, snapshotters.TargetRefLabel, oldRefLabel)
+func ParseLabels(labels map[string]string) (Target, error) {
+	var t Target
+	t.Ref = first(labels, snapshotters.TargetRefLabel, oldRefLabel)
 	layer := first(labels, snapshotters.TargetLayerDigestLabel, oldDigestLabel)
-	if t.ref == "" || layer == "" {
-		return target{}, errNoSource
+	if t.Ref == "" || layer == "" {
+		return Target{}, errNoSource
 	}
 	for _, d := range []struct {
 		to   *digest.Digest
 		what string
 		text string
 	}{
-		{&t.layer, "layer digest", layer},
-		{&t.manifest, "manifest digest", labels[snapshotters.TargetManifestDigestLabel]},
-		{&t.toc, "digest of the table of contents", labels[estargz.TOCJSONDigestAnnotation]},
+		{&t.Layer, "layer digest", layer},
+		{&t.Manifest, "manifest digest", labels[snapshotters.TargetManifestDigestLabel]},
+		{&t.DiffID, "diff ID", labels[diffIDLabel]},
+		{&t.TOC, "digest of the table of contents", labels[estargz.TOCJSONDigestAnnotation]},
 	} {
 		if d.text == "" {
 			continue
 		}
 		parsed, err := digest.Parse(d.text)
 		if err != nil {
-			return target{}, fmt.Errorf("the %s %q in the snapshot's labels is malformed: %w", d.what, d.text, err)
+			return Target{}, fmt.Errorf("the %s %q in the snapshot's labels is malformed: %w", d.what, d.text, err)
 		}
 		*d.to = parsed
 	}
 	for s := range strings.SplitSeq(first(labels, snapshotters.TargetImageLayersLabel, oldLayersLabel), ",") {
-		if d, err := digest.Parse(s); err == nil && d != t.layer {
-			t.neighbours = append(t.neighbours, d)
+		if d, err := digest.Parse(s); err == nil && d != t.Layer {
+			t.Neighbours = append(t.Neighbours, d)
 		}
 	}
 	return t, nil

@@ -13,7 +13,7 @@ func TestParseLabels(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		labels map[string]string
-		want   target
+		want   Target
 		err    string
 	}{
 		{
@@ -26,7 +26,7 @@ func TestParseLabels(t *testing.T) {
 				"containerd.io/snapshot/cri.image-layers":    a.String() + "," + b.String(),
 				"containerd.io/snapshot/stargz/toc.digest":   toc.String(),
 			},
-			want: target{ref: "quay.io/a/b:1", manifest: m, layer: a, toc: toc, neighbours: []digest.Digest{b}},
+			want: Target{Ref: "quay.io/a/b:1", Manifest: m, Layer: a, TOC: toc, Neighbours: []digest.Digest{b}},
 		},
 		{
 			name: "containerd 1.6: no manifest digest",
@@ -34,7 +34,7 @@ func TestParseLabels(t *testing.T) {
 				"containerd.io/snapshot/cri.image-ref":    "quay.io/a/b:1",
 				"containerd.io/snapshot/cri.layer-digest": a.String(),
 			},
-			want: target{ref: "quay.io/a/b:1", layer: a},
+			want: Target{Ref: "quay.io/a/b:1", Layer: a},
 		},
 		{
 			name: "stargz clients",
@@ -43,12 +43,12 @@ func TestParseLabels(t *testing.T) {
 				"containerd.io/snapshot/remote/stargz.digest":    a.String(),
 				"containerd.io/snapshot/remote/stargz.layers":    a.String() + "," + b.String(),
 			},
-			want: target{ref: "quay.io/a/b:1", layer: a, neighbours: []digest.Digest{b}},
+			want: Target{Ref: "quay.io/a/b:1", Layer: a, Neighbours: []digest.Digest{b}},
 		},
 		{
 			name:   "a cut list of layers",
 			labels: map[string]string{"containerd.io/snapshot/cri.image-ref": "r", "containerd.io/snapshot/cri.layer-digest": a.String(), "containerd.io/snapshot/cri.image-layers": b.String() + ",sha256:12"},
-			want:   target{ref: "r", layer: a, neighbours: []digest.Digest{b}},
+			want:   Target{Ref: "r", Layer: a, Neighbours: []digest.Digest{b}},
 		},
 		{name: "none", labels: map[string]string{"containerd.io/snapshot.ref": "sha256:chain"}, err: "enable_remote_snapshot_annotations"},
 		{
@@ -58,7 +58,7 @@ func TestParseLabels(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := parseLabels(c.labels)
+			got, err := ParseLabels(c.labels)
 			if c.err != "" {
 				if err == nil || !strings.Contains(err.Error(), c.err) {
 					t.Fatalf("got error %v, want one with %q", err, c.err)
@@ -68,7 +68,7 @@ func TestParseLabels(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d := cmp.Diff(c.want, got, cmp.AllowUnexported(target{})); d != "" {
+			if d := cmp.Diff(c.want, got); d != "" {
 				t.Error(d)
 			}
 		})

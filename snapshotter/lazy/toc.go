@@ -51,7 +51,7 @@ type tocRef struct {
 // tocRefOf collects what vouches for a layer's table: the manifest's annotations,
 // and the label that containerd copied from them where the manifest has none.
 // The error is errPlain when nothing does: an unchecked table is never used.
-func tocRefOf(desc ocispec.Descriptor, t target) (tocRef, error) {
+func tocRefOf(desc ocispec.Descriptor, t Target) (tocRef, error) {
 	var r tocRef
 	for _, a := range []struct {
 		to   *digest.Digest
@@ -70,7 +70,7 @@ func tocRefOf(desc ocispec.Descriptor, t target) (tocRef, error) {
 		*a.to = d
 	}
 	if r.json == "" {
-		r.json = t.toc
+		r.json = t.TOC
 	}
 	if r == (tocRef{}) {
 		return tocRef{}, errPlain
@@ -86,35 +86,17 @@ type toc struct {
 	bytes  []byte        // from off to the blob's end
 }
 
+// ranged is what a table of contents is read from.
+type ranged interface {
+	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
+}
+
 // readTOC fetches the end of a layer and checks the table of contents in it
-// against ref, before anything parses it. It takes two reads: one of the footer (about
-// fifty bytes), which says where the table is, and one of the table.
-func readTOC(ctx context.Context, blob Layer, size int64, ref tocRef) (*toc, error) {
-	footer := make([]byte, min(size, max(estargz.FooterSize, zstdchunked.FooterSize)))
-	if len(footer) < zstdchunked.FooterSize {
-		return nil, fmt.Errorf("the layer of %d bytes is too short for the table of contents the manifest promises", size)
-	}
-	if _, err := blob.ReadAt(ctx, footer, size-int64(len(footer))); err != nil {
-		return nil, fmt.Errorf("the end of the layer could not be read: %w", err)
-	}
-	t := &toc{}
-	off, length, open, err := parseFooter(footer, size, t)
+// against ref, before anything parses it.
+func readTOC(ctx context.Context, blob ranged, size int64, ref tocRef) (*toc, error) {
+	t, json, err := readTail(ctx, blob, size, ref)
 	if err != nil {
 		return nil, err
-	}
-	t.off, t.bytes = off, make([]byte, size-off)
-	if _, err := blob.ReadAt(ctx, t.bytes, off); err != nil {
-		return nil, fmt.Errorf("the table of contents could not be read: %w", err)
-	}
-	compressed := t.bytes[:length]
-	if ref.compressed != "" {
-		if got := ref.compressed.Algorithm().FromBytes(compressed); got != ref.compressed {
-			return nil, fmt.Errorf("the table of contents is not the one in the manifest: its digest is %s, not %s", got, ref.compressed)
-		}
-	}
-	json, err := open(bytes.NewReader(compressed))
-	if err != nil {
-		return nil, fmt.Errorf("the table of contents does not decompress: %w", err)
 	}
 	defer json.Close()
 	sum := digest.Canonical.Digester()
@@ -135,6 +117,39 @@ func readTOC(ctx context.Context, blob Layer, size int64, ref tocRef) (*toc, err
 		return nil, tableErr
 	}
 	return t, checkEntries(table)
+}
+
+// readTail fetches the end of a layer, checks the compressed table of contents if ref has a digest
+// of that, and opens it. It takes two reads: one of the footer (about fifty bytes), which says where
+// the table is, and one of the table.
+func readTail(ctx context.Context, blob ranged, size int64, ref tocRef) (*toc, io.ReadCloser, error) {
+	footer := make([]byte, min(size, max(estargz.FooterSize, zstdchunked.FooterSize)))
+	if len(footer) < zstdchunked.FooterSize {
+		return nil, nil, fmt.Errorf("the layer of %d bytes is too short for the table of contents the manifest promises", size)
+	}
+	if _, err := blob.ReadAt(ctx, footer, size-int64(len(footer))); err != nil {
+		return nil, nil, fmt.Errorf("the end of the layer could not be read: %w", err)
+	}
+	t := &toc{}
+	off, length, open, err := parseFooter(footer, size, t)
+	if err != nil {
+		return nil, nil, err
+	}
+	t.off, t.bytes = off, make([]byte, size-off)
+	if _, err := blob.ReadAt(ctx, t.bytes, off); err != nil {
+		return nil, nil, fmt.Errorf("the table of contents could not be read: %w", err)
+	}
+	compressed := t.bytes[:length]
+	if ref.compressed != "" {
+		if got := ref.compressed.Algorithm().FromBytes(compressed); got != ref.compressed {
+			return nil, nil, fmt.Errorf("the table of contents is not the one in the manifest: its digest is %s, not %s", got, ref.compressed)
+		}
+	}
+	json, err := open(bytes.NewReader(compressed))
+	if err != nil {
+		return nil, nil, fmt.Errorf("the table of contents does not decompress: %w", err)
+	}
+	return t, json, nil
 }
 
 // parseFooter finds the table of contents of a blob of size bytes from the blob's

@@ -21,7 +21,7 @@ const (
 // warm reads the tables of contents of the layers that containerd will prepare next.
 // It prepares them one after another, and each would wait two round trips;
 // read now, side by side, they are in the store by then.
-func (f *FileSystem) warm(t target) {
+func (f *FileSystem) warm(t Target) {
 	now := time.Now()
 	var todo []digest.Digest
 	f.mu.Lock()
@@ -34,8 +34,8 @@ func (f *FileSystem) warm(t target) {
 			delete(f.warmed, d)
 		}
 	}
-	f.warmed[t.layer] = now
-	for _, d := range t.neighbours {
+	f.warmed[t.Layer] = now
+	for _, d := range t.Neighbours {
 		if _, ok := f.warmed[d]; !ok {
 			f.warmed[d] = now
 			todo = append(todo, d)
@@ -57,12 +57,12 @@ func (f *FileSystem) warm(t target) {
 		for _, d := range todo {
 			g.Go(func() error {
 				// Only the label of its own layer tells of a table, so neighbours need the manifest's word.
-				n := target{ref: t.ref, manifest: t.manifest, layer: d}
+				n := Target{Ref: t.Ref, Manifest: t.Manifest, Layer: d}
 				desc, ref, err := f.describe(ctx, n)
 				if err != nil {
 					return nil // its own Mount will say why
 				}
-				if blob, _, err := f.open(ctx, t.ref, desc, ref); err == nil {
+				if blob, _, err := f.open(ctx, t.Ref, desc, ref); err == nil {
 					blob.Close()
 				}
 				return nil

@@ -87,10 +87,16 @@ func Store(ctx context.Context, repo Pusher, subject ocispec.Descriptor, layers 
 			return "", false, err
 		}
 	}
-	empty := ocispec.DescriptorEmptyJSON
-	if err := repo.Push(ctx, ocispec.Descriptor{MediaType: empty.MediaType, Digest: empty.Digest, Size: empty.Size}, empty.Data); err != nil {
+	if err := Try(ctx, repo); err != nil {
 		return "", false, err
 	}
 	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(text), Size: int64(len(text))}
 	return d.Digest, true, repo.Push(ctx, d, text)
+}
+
+// Try finds out whether Store may push to a repository, before much was done for it. It leaves two bytes there, the empty
+// configuration that Store needs anyhow.
+func Try(ctx context.Context, repo Pusher) error {
+	empty := ocispec.DescriptorEmptyJSON
+	return repo.Push(ctx, ocispec.Descriptor{MediaType: empty.MediaType, Digest: empty.Digest, Size: empty.Size}, empty.Data)
 }

@@ -22,6 +22,7 @@ import (
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/docker-quay/docker-quay/snapshotter/index"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 )
 
@@ -41,6 +42,8 @@ type Image struct {
 	layers  map[digest.Digest]*stored
 	down    error         // answer to everything
 	hang    chan struct{} // Describe waits for it
+	held    chan struct{} // all but demand waits for it
+	indexes map[digest.Digest]*index.Index
 	open    int
 	fetched map[digest.Digest]int
 	reads   map[digest.Digest]int
@@ -57,6 +60,7 @@ var _ lazy.Layers = (*Image)(nil)
 func NewImage() *Image {
 	return &Image{
 		layers:  make(map[digest.Digest]*stored),
+		indexes: make(map[digest.Digest]*index.Index),
 		fetched: make(map[digest.Digest]int),
 		reads:   make(map[digest.Digest]int),
 	}

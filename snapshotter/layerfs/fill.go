@@ -1,0 +1,252 @@
+package layerfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/docker-quay/docker-quay/snapshotter/index/published"
+)
+
+const (
+	// quiet is how long nobody may have waited for a layer's bytes before all of it is fetched: the
+	// starts of a process are further apart than its reads.
+	quiet = 2 * time.Second
+	// quietMost is when it is fetched all the same: who reads all the time is helped by that.
+	quietMost = 30 * time.Second
+	// fillers is how many layers are filled at once: enough for a link that one registry
+	// connection does not fill, few enough that layers become complete one after another.
+	fillers = 3
+	// refillLeast and refillMost bound the wait before the next try.
+	refillLeast = 5 * time.Second
+	refillMost  = 5 * time.Minute
+)
+
+// background sees to it that the layer becomes complete, once.
+func (f *FileSystem) background(s *served) {
+	s.fillMu.Lock()
+	defer s.fillMu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s.filled != nil || f.closed {
+		return
+	}
+	ctx, stop := context.WithCancel(f.ctx)
+	done := make(chan struct{})
+	s.stop, s.filled = stop, done
+	f.wg.Go(func() {
+		defer close(done)
+		f.fillUp(ctx, s)
+	})
+}
+
+// endFill ends the background's work and waits for that.
+func (s *served) endFill() {
+	s.fillMu.Lock()
+	defer s.fillMu.Unlock()
+	if s.filled == nil {
+		return
+	}
+	s.stop()
+	<-s.filled
+	s.stop, s.filled = nil, nil
+}
+
+// fillUp prefetches what is known to be read first, then gets everything, and has the layer's
+// mounts read the plain file.
+func (f *FileSystem) fillUp(ctx context.Context, s *served) {
+	if order, err := s.h.Order(); err == nil && len(order) > 0 && !s.h.Completed() {
+		if err := s.h.Prefetch(ctx, order); err != nil && ctx.Err() == nil {
+			f.log.Debug("what a layer's containers read first could not be prefetched", "digest", s.digest, "error", err)
+		}
+	}
+	for wait := refillLeast; ; wait = min(2*wait, refillMost) {
+		err := f.complete(ctx, s)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil || errors.Is(err, published.ErrForged) {
+			return
+		}
+		f.log.Warn("a layer could not be completed; it is tried again", "digest", s.digest, "image", s.target.Ref, "in", wait.String(), "error", err)
+		if sleep(ctx, wait/2+rand.N(wait)) != nil {
+			return
+		}
+	}
+	f.promote(ctx, s)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// complete returns when the layer is complete and checked.
+func (f *FileSystem) complete(ctx context.Context, s *served) error {
+	if s.h.Completed() && !f.claimed(s.digest) {
+		return nil
+	}
+	if err := f.awaitQuiet(ctx, s); err != nil {
+		return err
+	}
+	if err := enter(ctx, f.fill); err != nil {
+		return err
+	}
+	defer func() { <-f.fill }()
+	begun := time.Now()
+	blob, err := f.open(ctx, s.target)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	// All of the blob first: in bulk it comes faster than range by range, and node and
+	// content store have it then.
+	if err := blob.Wait(ctx); err != nil {
+		return err
+	}
+	if err := s.h.Complete(ctx); err != nil {
+		return err
+	}
+	if f.claimed(s.digest) {
+		if err := f.verify(ctx, s, blob); err != nil {
+			return err
+		}
+	}
+	f.log.Info("layer is complete", "digest", s.digest, "image", s.target.Ref, "took", time.Since(begun).Round(time.Millisecond))
+	return nil
+}
+
+func enter(ctx context.Context, places chan struct{}) error {
+	select {
+	case places <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// awaitQuiet returns when nobody has waited for bytes of the layer for a while.
+func (f *FileSystem) awaitQuiet(ctx context.Context, s *served) error {
+	end := time.Now().Add(max(quietMost, f.o.Quiet))
+	for waits := int64(-1); time.Now().Before(end); {
+		now := s.h.Stats().Waits
+		if now == waits {
+			return nil
+		}
+		waits = now
+		if err := sleep(ctx, f.o.Quiet); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// promote replaces the mounts of a complete layer that read from blobfs by such that read the file.
+func (f *FileSystem) promote(ctx context.Context, s *served) {
+	f.mu.Lock()
+	var at []string
+	for path, p := range f.places {
+		if p.s == s && p.kind == kindBlobs {
+			at = append(at, path)
+		}
+	}
+	f.mu.Unlock()
+	for _, path := range at {
+		if err := f.promoteOne(ctx, s, path); err != nil && ctx.Err() == nil {
+			f.log.Info("a mount of a layer that is complete goes on by way of the daemon", "mountpoint", path, "digest", s.digest, "reason", err)
+		}
+	}
+	f.settle(s)
+}
+
+func (f *FileSystem) promoteOne(ctx context.Context, s *served, at string) error {
+	p, leave, err := f.enter(ctx, at)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	f.mu.Lock()
+	ours := p.s == s && p.kind == kindBlobs
+	f.mu.Unlock()
+	if !ours || ctx.Err() != nil {
+		return nil
+	}
+	before := s.releases.Load()
+	a, err := f.mounter.do(order{Op: opReplace, At: at, Meta: s.h.MetaPath(), Data: s.h.DataPath(), Loop: f.o.Loop})
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	p.kind = kindData
+	if a.Busy && s.releases.Load() == before {
+		s.busy++
+	}
+	f.mu.Unlock()
+	return f.note(at, kindData)
+}
+
+// A claim says that the layer's index is somebody's word that nobody has checked yet; its text is
+// why, once it was found to be false.
+
+func (f *FileSystem) claimPath(d digest.Digest) string {
+	return filepath.Join(f.o.State, "claims", d.Encoded())
+}
+
+func (f *FileSystem) claim(d digest.Digest, why string) error {
+	return os.WriteFile(f.claimPath(d), []byte(why), 0o600)
+}
+
+// unclaim forgets that an index has to be checked; not that it was found to be false, as it would
+// be found and used again.
+func (f *FileSystem) unclaim(d digest.Digest) {
+	if f.forged(d) == nil {
+		_ = os.Remove(f.claimPath(d))
+	}
+}
+
+func (f *FileSystem) claimed(d digest.Digest) bool {
+	_, err := os.Lstat(f.claimPath(d))
+	return err == nil
+}
+
+// forged is the error of a layer whose published index was found to be false.
+func (f *FileSystem) forged(d digest.Digest) error {
+	if b, err := os.ReadFile(f.claimPath(d)); err == nil && len(b) > 0 {
+		return fmt.Errorf("layer %s was mounted by an index that is not its own: %w: %s; remove the image and pull it again", d, published.ErrForged, b)
+	}
+	return nil
+}
+
+// verify compares a published index with the blob, which is here.
+func (f *FileSystem) verify(ctx context.Context, s *served, blob Blob) error {
+	x, err := s.h.Index()
+	if err != nil {
+		return err
+	}
+	r := blob.Reader(ctx)
+	defer r.Close()
+	err = f.o.Source.Verify(ctx, r, x)
+	switch {
+	case err == nil:
+		f.unclaim(s.digest)
+	case errors.Is(err, published.ErrForged):
+		f.log.Error("a published index shows other contents than its layer has: containers must not be started from it any more; remove the image, ask who published it, and pull it again",
+			"digest", s.digest, "image", s.target.Ref, "error", err)
+		if cerr := f.claim(s.digest, err.Error()); cerr != nil {
+			return errors.Join(err, cerr)
+		}
+	}
+	return err
+}

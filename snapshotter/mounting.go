@@ -1,0 +1,116 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+
+	"github.com/docker-quay/docker-quay/snapshotter/erofs"
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
+)
+
+// The values of lazy.mount.
+const (
+	MountAuto  = "auto"  // erofs where the kernel does it from files, else fuse
+	MountEROFS = "erofs" // also by loop devices; a start fails where it does not work
+	MountFUSE  = "fuse"  // a FUSE tree for each layer that has a table of contents
+)
+
+var mountWays = []string{MountAuto, MountEROFS, MountFUSE}
+
+// leastQuiet and mostQuiet are the bounds of lazy.quiet: less would be in the way of a start, more is
+// as good as never.
+const (
+	leastQuiet = 100 * time.Millisecond
+	mostQuiet  = 24 * time.Hour
+)
+
+// The arguments with which the daemon runs itself for its helper processes.
+const (
+	KeeperCommand  = "keeper"  // followed by the socket
+	MounterCommand = "mounter" // reads from its standard input
+)
+
+// chosen is how the layers of this node are mounted, and why that way.
+type chosen struct {
+	way, why string
+	loop     bool
+}
+
+// chooseMount finds the way to mount layers that lie in dir. self is the daemon's own program.
+func chooseMount(want, dir, self string) (chosen, error) {
+	if want == MountFUSE {
+		return chosen{way: MountFUSE, why: "lazy.mount says so"}, nil
+	}
+	if self == "" {
+		return chosen{way: MountFUSE, why: "this process cannot start helpers"}, nil
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return chosen{}, fmt.Errorf("the folder of the layers cannot be made: %w", err)
+	}
+	xattr, err := overlayutils.NeedsUserXAttr(dir)
+	if err == nil && xattr {
+		err = fmt.Errorf("overlayfs is mounted with userxattr here, which EROFS images for it have not")
+		if want == MountEROFS {
+			return chosen{}, fmt.Errorf("lazy.mount = %q does not work: %w", want, err)
+		}
+		return chosen{way: MountFUSE, why: err.Error()}, nil
+	}
+	support, why := erofs.Probe(dir)
+	switch {
+	case support == erofs.FileBacked:
+		return chosen{way: MountEROFS, why: "the kernel mounts it from files"}, nil
+	case support == erofs.Loop && want == MountEROFS:
+		return chosen{way: MountEROFS, why: "by loop devices: " + why.Error(), loop: true}, nil
+	case want == MountEROFS:
+		return chosen{}, fmt.Errorf("lazy.mount = %q does not work: %w", want, why)
+	}
+	return chosen{way: MountFUSE, why: why.Error()}, nil
+}
+
+// mounting makes the way of cfg.
+func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
+	root := filepath.Join(cfg.Root, "snapshotter")
+	socket := filepath.Join(cfg.State, "keeper.sock")
+	layers := filepath.Join(cfg.Root, "layers")
+	abandon := func(ctx context.Context) error { return layerfs.Abandon(ctx, root, socket) }
+	if !cfg.Snapshotter.Lazy || deps.Layers == nil {
+		return Mounting{First: abandon}, chosen{way: "unpack", why: "snapshotter.lazy is off"}, nil
+	}
+	c, err := chooseMount(cfg.Lazy.Mount, layers, deps.Self)
+	if err != nil {
+		return Mounting{}, c, err
+	}
+	if c.way == MountFUSE {
+		return Mounting{Layers: deps.Layers, First: abandon}, c, nil
+	}
+	return Mounting{EROFS: &layerfs.Options{
+		Store: layers, State: root, Source: deps.Layers, Quota: int64(cfg.Lazy.Quota), Loop: c.loop,
+		Quiet: time.Duration(cfg.Lazy.Quiet), Log: deps.Log, Socket: socket,
+		Keeper: []string{deps.Self, KeeperCommand, socket}, Mounter: []string{deps.Self, MounterCommand},
+	}}, c, nil
+}
+
+// Release unmounts all layers of a node whose daemon does not run, and ends the keeper: what is to be
+// done before the node is without docker quay.
+func Release(ctx context.Context, cfg Config, log *slog.Logger) error {
+	root := filepath.Join(cfg.Root, "snapshotter")
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return fmt.Errorf("the snapshotter's folder cannot be made: %w", err)
+	}
+	lock, err := lockDir(root)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	// First the connection: an EROFS waits at its end for reads that nobody answers any more.
+	if err := layerfs.Abandon(ctx, root, filepath.Join(cfg.State, "keeper.sock")); err != nil {
+		return err
+	}
+	return unmountBelow(filepath.Join(root, "snapshots"), nil, log)
+}
