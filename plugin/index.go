@@ -164,8 +164,9 @@ type indexer struct {
 	reporter *progress.Reporter
 	made     map[digest.Digest]*madeIndex // by layer: platforms share layers
 	results  []indexResult
-	refused  int // layers that cannot be indexed
-	useful   int // layers that nodes can read before they are there
+	may      bool // push to the repository
+	refused  int  // layers that cannot be indexed
+	useful   int  // layers that nodes can read before they are there
 }
 
 // images indexes what a name stands for: an image, or one for each platform.

@@ -53,6 +53,13 @@ func (ix *indexer) image(ctx context.Context, req Request) (err error) {
 	for _, n := range src.Notes() {
 		ix.reporter.Say("Note: %s", n)
 	}
+	if ix.opts.output == "" && !ix.may {
+		// Nobody wants to fetch gigabytes for a push that is refused.
+		if _, _, err := ix.o.PublishIndexes(ctx, req, src.Manifest(), nil); err != nil {
+			return err
+		}
+		ix.may = true
+	}
 	ix.reporter.Start(src.Progress)
 	err = src.Fetch(ctx)
 	ix.reporter.Stop()

@@ -71,13 +71,16 @@ func platformManifests(all []ocispec.Descriptor) []ocispec.Descriptor {
 }
 
 // StoreIndexes puts indexes of layers beside an image, into its registry, with the user's own login. It says which referrer they are in,
-// and whether that had to be pushed.
+// and whether that had to be pushed. Without layers it only finds out whether it may.
 func StoreIndexes(ctx context.Context, r Request, subject ocispec.Descriptor, layers []indexes.Layer) (referrer digest.Digest, pushed bool, err error) {
 	repo, c, err := repositoryOf(r)
 	if err != nil {
 		return "", false, err
 	}
 	defer closing(c, &err)
+	if len(layers) == 0 {
+		return "", false, indexes.Try(ctx, repo)
+	}
 	return indexes.Store(ctx, repo, subject, layers)
 }
 

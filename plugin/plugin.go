@@ -47,7 +47,7 @@ type Options struct {
 	// Manifests asks an image's registry which manifests its name stands for: one, or one for each platform.
 	Manifests func(ctx context.Context, r Request) ([]ocispec.Descriptor, error)
 	// PublishIndexes puts the indexes of an image's layers into its registry, beside subject, the image's manifest. It tells what they
-	// are in, and whether that had to be pushed.
+	// are in, and whether that had to be pushed. Without layers it only finds out whether it may.
 	PublishIndexes func(ctx context.Context, r Request, subject ocispec.Descriptor, layers []indexes.Layer) (referrer digest.Digest, pushed bool, err error)
 }
 
