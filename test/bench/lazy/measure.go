@@ -44,22 +44,6 @@ var contestants = []contestant{
 
 func lazyQuay(config string) candidate.Candidate { return candidate.Quay{Lazy: true, Config: config} }
 
-const (
-	// settle is the time in which the machine is left alone before a candidate is asked.
-	settle = time.Second
-	// memory is about what a candidate and its page cache take, touched before.
-	memory = 1 << 30
-	// quiet is how long a link must have brought nothing to count as done. The stargz snapshotter begins with what nobody asked for
-	// when nobody has asked for 5 s.
-	quiet = 7 * time.Second
-	// watched bounds the wait for that.
-	watched = 90 * time.Second
-	// watchEvery is how often the link is looked at.
-	watchEvery = 50 * time.Millisecond
-	// trickle is what a link brings within watchEvery at most while nothing is fetched: members saying hello.
-	trickle = 8 << 10
-)
-
 // contest is one program with all candidates.
 type contest struct {
 	world   *candidate.World
@@ -150,21 +134,9 @@ func (c *contest) play(ctx context.Context, k contestant, watch bool) (out outco
 		return out, err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	if err := bench.TouchMemory(memory); err != nil {
+	if out.before, err = candidate.Calm(ctx); err != nil {
 		return out, err
 	}
-	idle, err := bench.MachineNow()
-	if err != nil {
-		return out, err
-	}
-	if err := bench.Wait(ctx, settle); err != nil {
-		return out, err
-	}
-	now, err := bench.MachineNow()
-	if err != nil {
-		return out, err
-	}
-	out.before = now.Busy(idle)
 	start, err := m.Received()
 	if err != nil {
 		return out, err
@@ -188,33 +160,11 @@ func (c *contest) play(ctx context.Context, k contestant, watch bool) (out outco
 	case watch:
 		var at time.Time
 		var got int64
-		if at, got, err = stillness(ctx, m); err == nil && got-start >= c.images[kind.Format()].Size() {
+		if at, got, err = m.Still(ctx); err == nil && got-start >= c.images[kind.Format()].Size() {
 			out.complete = at.Sub(begun).Seconds()
 		}
 	}
 	return out, errors.Join(err, container.Close())
-}
-
-// stillness waits until a machine's link brings nothing any more and says when that began and what it had brought.
-func stillness(ctx context.Context, m *candidate.Machine) (at time.Time, got int64, err error) {
-	if got, err = m.Received(); err != nil {
-		return at, got, err
-	}
-	at = time.Now()
-	for end := at.Add(watched); time.Since(at) < quiet && time.Now().Before(end); {
-		if err := bench.Wait(ctx, watchEvery); err != nil {
-			return at, got, err
-		}
-		now, err := m.Received()
-		if err != nil {
-			return at, got, err
-		}
-		if now-got > trickle {
-			at = time.Now()
-		}
-		got = now
-	}
-	return at, got, nil
 }
 
 // holder sees to a peer that has run the program and has all of its image.
@@ -239,7 +189,7 @@ func (c *contest) holder(ctx context.Context, kind candidate.Candidate) (err err
 	if err != nil {
 		return err
 	}
-	_, _, err = stillness(ctx, m)
+	_, _, err = m.Still(ctx)
 	if err := errors.Join(err, container.Close()); err != nil {
 		return err
 	}

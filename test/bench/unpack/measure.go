@@ -25,10 +25,6 @@ var contestants = []contestant{
 }
 
 const (
-	// settle is the time in which the machine is left alone before a pull.
-	settle = time.Second
-	// memory is about what a pull and its page cache take, touched before.
-	memory = 1 << 30
 	// restWithin bounds what is fetched after a pull.
 	restWithin = time.Minute
 	// lookEvery is how often it is looked whether it is all there.
@@ -90,21 +86,9 @@ func play(ctx context.Context, w *candidate.World, kind candidate.Candidate, ref
 		return out, err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	if err := bench.TouchMemory(memory); err != nil {
+	if out.before, err = candidate.Calm(ctx); err != nil {
 		return out, err
 	}
-	idle, err := bench.MachineNow()
-	if err != nil {
-		return out, err
-	}
-	if err := bench.Wait(ctx, settle); err != nil {
-		return out, err
-	}
-	now, err := bench.MachineNow()
-	if err != nil {
-		return out, err
-	}
-	out.before = now.Busy(idle)
 	start, err := m.Received()
 	if err != nil {
 		return out, err

@@ -38,15 +38,20 @@ func (m *Machine) Mount(ctx context.Context, ref, name string) (_ *Mounted, err 
 	if err != nil {
 		return nil, err
 	}
+	// Without a lease the garbage collector takes what no container names.
+	ctx, release, err := m.client.WithLease(ctx)
+	if err != nil {
+		return nil, err
+	}
 	sn := m.client.SnapshotService(m.snapshotter)
 	mounts, err := sn.View(ctx, name, identity.ChainID(ids).String())
 	if err != nil {
-		return nil, fmt.Errorf("mount %s on %s: %w", ref, m.name, err)
+		return nil, errors.Join(fmt.Errorf("mount %s on %s: %w", ref, m.name, err), release(ctx))
 	}
 	remove := func() error {
-		ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), namespaces.Default), closeWithin)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWithin)
 		defer cancel()
-		return sn.Remove(ctx, name)
+		return errors.Join(sn.Remove(ctx, name), release(ctx))
 	}
 	dir := filepath.Join(m.dir, "mnt-"+name)
 	if err := os.Mkdir(dir, 0o755); err != nil {

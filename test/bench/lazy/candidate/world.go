@@ -81,8 +81,11 @@ func NewWorld(ctx context.Context, o Options) (*World, error) {
 // Push puts an image into the registry and returns its name for machines.
 func (w *World) Push(ctx context.Context, img *image.Image, repository, tag string) (string, error) {
 	to := image.Target{URL: w.registry.URL(), Client: w.registry.Client()}
-	return w.address + "/" + repository + ":" + tag, img.Push(ctx, to, repository, tag)
+	return w.Ref(repository, tag), img.Push(ctx, to, repository, tag)
 }
+
+// Ref is the name of a pushed image for machines.
+func (w *World) Ref(repository, tag string) string { return w.address + "/" + repository + ":" + tag }
 
 // ErrNoIndexer says that this docker quay cannot publish indexes of layers.
 var ErrNoIndexer = errors.New("docker quay cannot publish indexes of layers")
