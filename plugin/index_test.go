@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -171,7 +172,10 @@ type shelf struct {
 
 func newShelf(t *testing.T, g *rig.Registry) *shelf {
 	t.Helper()
-	c, err := origin.New(origin.Options{HostDirs: []string{t.TempDir()}, DockerConfigDir: t.TempDir()})
+	c, err := origin.New(origin.Options{HostDirs: []string{t.TempDir()}, Credentials: func(string) (string, string, error) {
+		user, password := g.Credentials()
+		return user, password, nil
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,6 +267,57 @@ type plain struct{ io.Writer }
 
 func (plain) Close() error               { return nil }
 func packTar(w io.Writer) io.WriteCloser { return plain{w} }
+
+// TestIndexInterrupt: what is interrupted publishes nothing and says what to do.
+func TestIndexInterrupt(t *testing.T) {
+	cmd, out := process(t, "block", "docker-quay", "index", "example.test/app")
+	watch := &watcher{until: "fetching\n", seen: make(chan struct{})}
+	cmd.Stderr = watch
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-watch.seen
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	r := out(cmd.Wait())
+	if said := watch.buf.String(); r.code != 130 || r.stdout != "" || strings.Contains(said, "stored") || !strings.Contains(said, "interrupted: what was fetched is kept") {
+		t.Errorf("exit code %d, standard output %q, standard error:\n%s", r.code, r.stdout, said)
+	}
+}
+
+// TestIndexLogin: who may pull need not be allowed to push, and nobody fetches an image in vain to learn it.
+func TestIndexLogin(t *testing.T) {
+	g, err := rig.ForTest(t).StartRegistry(t.Context(), rig.RegistryOptions{Username: "u", Password: "p"})
+	if errors.Is(err, rig.ErrNoTool) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newShelf(t, g)
+	image := s.name + "@" + s.image("amd64", s.layer(ocispec.MediaTypeImageLayerGzip, packGzip, "a")).Digest.String()
+	command := []string{"index", "--no-daemon", "--secret-file", "", "--store", t.TempDir(), "-q", image}
+	if r := run(t, "real", "docker-quay", command...); r.code != 4 || r.stdout != "" {
+		t.Errorf("without a login: %+v", r)
+	}
+	config := t.TempDir()
+	text := `{"auths":{"` + g.Addr() + `":{"auth":"dTpw"}}}` // u:p
+	if err := os.WriteFile(filepath.Join(config, "config.json"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("DOCKER_CONFIG", config)
+	r := run(t, "real", "docker-quay", command...)
+	if r.code != 0 || r.stderr != "" || !strings.HasPrefix(r.stdout, s.name+"@sha256:") {
+		t.Errorf("with one: %+v", r)
+	}
+	if err := g.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if r := run(t, "real", "docker-quay", command...); r.code != 5 {
+		t.Errorf("the registry is away: %+v", r)
+	}
+}
 
 // TestIndexRegistry: on the real registry, for all platforms of an image, by the real fetcher. Nodes find what was published.
 func TestIndexRegistry(t *testing.T) {
