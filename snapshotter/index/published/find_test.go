@@ -49,8 +49,15 @@ func TestStoreAndFind(t *testing.T) {
 		t.Fatalf("pushed %t, %v", pushed, err)
 	}
 	for _, l := range []layer{low, high} {
-		if x, err := find(l); err != nil || !reflect.DeepEqual(x, l.x) {
-			t.Errorf("%s: %v", l.desc.Digest, err)
+		x, err := find(l)
+		if err != nil || !reflect.DeepEqual(x, l.x) {
+			t.Fatalf("%s: %v", l.desc.Digest, err)
+		}
+		// What it is for: the end of a layer, and no more of it than that takes.
+		last, filled := len(x.Chunks)-1, 0
+		open := func(off int64) (io.ReadCloser, error) { return repo.Open(ctx, l.desc, off, -1) }
+		if err := x.Fill(ctx, last, last, open, func(c int, p []byte) error { filled++; return x.Check(c, p) }); err != nil || filled == 0 {
+			t.Errorf("%s: %d chunks, %v", l.desc.Digest, filled, err)
 		}
 	}
 	if d, _, err := repo.Manifest(ctx, image.Digest.String()); err != nil || d.Digest != image.Digest {
