@@ -1,10 +1,26 @@
 package snapshotter
 
 import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
+	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
+	"github.com/docker-quay/docker-quay/snapshotter/index"
+	"github.com/docker-quay/docker-quay/snapshotter/keeper"
+	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy/lazytest"
 )
 
@@ -56,5 +72,395 @@ func TestEROFSTreesAreEqual(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestEROFSSuite is containerd's own specification of a snapshotter; see TestSuite.
+func TestEROFSSuite(t *testing.T) {
+	needRoot(t)
+	log := new(lines)
+	captureLibraryLog(log.logger())
+	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+		o := erofsOptions(t, filepath.Join(root, "sn"), lazytest.NewImage(), log)
+		s, err := OpenSnapshots(ctx, o.State, Mounting{EROFS: o}, log.logger())
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, s.Close, nil
+	})
+}
+
+// layerOf makes a layer of one file of several chunks.
+func layerOf(t testing.TB, make func(testing.TB, []byte) lazytest.Layer, name string) (l lazytest.Layer, want string) {
+	t.Helper()
+	want = body(name, 40*lazytest.ChunkSize)
+	return make(t, lazytest.Tar(t, file(name, want, 0o644))), want
+}
+
+// TestEROFSOutlives: mounts stay when the daemon ends; what is missing is read with the next one. A complete layer
+// needs neither daemon nor registry.
+func TestEROFSOutlives(t *testing.T) {
+	img := lazytest.NewImage()
+	part, wantPart := layerOf(t, lazytest.EStargz, "part")
+	whole, wantWhole := layerOf(t, lazytest.Gzip, "whole")
+	img.Add(part)
+	img.Add(whole)
+	let := img.Hold()
+	defer let()
+	r := newEROFS(t, img)
+	r.layer("whole", "", whole)
+	r.layer("part", "", part)
+	mounts := mountsBelow(t, filepath.Join(r.root, "snapshots"))
+	if len(mounts) != 2 {
+		t.Fatal(mounts)
+	}
+	f, err := os.Open(filepath.Join(mounts[1], "part"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(mounts, mountsBelow(t, filepath.Join(r.root, "snapshots"))); d != "" {
+		t.Error("mounts after the end:", d)
+	}
+	img.Remove(whole.Desc.Digest)
+	if b, err := os.ReadFile(filepath.Join(mounts[0], "whole")); err != nil || string(b) != wantWhole {
+		t.Error("a complete layer without a daemon:", err)
+	}
+	read := make(chan error, 1)
+	go func() {
+		b := make([]byte, len(wantPart))
+		_, err := f.ReadAt(b, 0)
+		if err == nil && string(b) != wantPart {
+			err = errors.New("wrong bytes")
+		}
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		t.Fatal("a read of what is missing ended without a daemon:", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	r.open(nil)
+	select {
+	case err := <-read:
+		if err != nil {
+			t.Error("a read that waited for the next daemon:", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("a read waits though there is a daemon again")
+	}
+	if d := cmp.Diff(mounts, mountsBelow(t, filepath.Join(r.root, "snapshots"))); d != "" {
+		t.Error("mounts after the start:", d)
+	}
+}
+
+// reboot ends a rig's daemon as a reboot does: nothing is mounted and no keeper runs.
+func (r *rig) reboot() {
+	r.t.Helper()
+	if err := r.Close(); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := layerfs.Abandon(r.t.Context(), r.root, r.erofs.Socket); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := unmountBelow(filepath.Join(r.root, "snapshots"), nil, r.log.logger()); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// TestEROFSReboot: every snapshot comes back from what is on disk with the registry down; one whose layer is damaged is
+// reported, harms no other, and heals when the registry is back.
+func TestEROFSReboot(t *testing.T) {
+	img := lazytest.NewImage()
+	part, wantPart := layerOf(t, lazytest.ZstdChunked, "part")
+	whole, _ := layerOf(t, lazytest.Gzip, "whole")
+	bad, _ := layerOf(t, lazytest.Gzip, "bad")
+	for _, l := range []lazytest.Layer{part, whole, bad} {
+		img.Add(l)
+	}
+	let := img.Hold()
+	defer let()
+	r := newEROFS(t, img)
+	r.layer("part", "", part)
+	r.layer("whole", "part", whole)
+	r.layer("bad", "", bad)
+	r.in("part", func(dir string) {
+		if b, err := os.ReadFile(filepath.Join(dir, "part")); err != nil || string(b) != wantPart {
+			t.Error(err)
+		}
+	})
+	r.reboot()
+	if err := os.Remove(filepath.Join(r.erofs.Store, "layers", "sha256-"+bad.Desc.Digest.Encoded(), "meta.erofs")); err != nil {
+		t.Fatal(err)
+	}
+	img.Down(errors.New("registry away"))
+	r.open(nil)
+	r.in("whole", func(dir string) {
+		if d := cmp.Diff(describe(t, unpacked(t, part, whole)), describe(t, dir)); d != "" {
+			t.Error(d)
+		}
+	})
+	if _, err := r.Prepare(t.Context(), "broken", "bad"); !errdefs.IsUnavailable(err) {
+		t.Errorf("a container on the broken layer: got %v, want unavailable", err)
+	}
+	if n := countLines(r.log.String(), "failed=1", "layers=2"); n != 1 {
+		t.Error("the log does not say that one of three failed")
+	}
+	if err := r.Remove(t.Context(), "broken"); err != nil {
+		t.Fatal(err)
+	}
+	img.Down(nil)
+	let2 := img.Hold()
+	let2()
+	r.in("bad", func(dir string) {
+		if d := cmp.Diff(describe(t, unpacked(t, bad)), describe(t, dir)); d != "" {
+			t.Error(d)
+		}
+	})
+}
+
+// TestEROFSKeeperKilled: without keeper and daemon what is missing is EIO, never zeros; the next daemon mounts all anew.
+func TestEROFSKeeperKilled(t *testing.T) {
+	img := lazytest.NewImage()
+	part, want := layerOf(t, lazytest.EStargz, "part")
+	img.Add(part)
+	let := img.Hold()
+	defer let()
+	r := newEROFS(t, img)
+	r.layer("part", "", part)
+	f, err := os.Open(filepath.Join(mountsBelow(t, filepath.Join(r.root, "snapshots"))[0], "part"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := keeper.End(t.Context(), r.erofs.Socket); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, len(want))
+	if _, err := f.ReadAt(b, 0); !errors.Is(err, unix.EIO) {
+		t.Errorf("without keeper and daemon a read gives %v, want EIO", err)
+	}
+	r.open(nil)
+	r.in("part", func(dir string) {
+		if b, err := os.ReadFile(filepath.Join(dir, "part")); err != nil || string(b) != want {
+			t.Error(err)
+		}
+	})
+}
+
+// TestEROFSRemove: with its last snapshot a layer leaves the disk; one that is in use is read to its end first.
+func TestEROFSRemove(t *testing.T) {
+	img := lazytest.NewImage()
+	part, want := layerOf(t, lazytest.EStargz, "part")
+	whole, _ := layerOf(t, lazytest.Gzip, "whole")
+	img.Add(part)
+	img.Add(whole)
+	let := img.Hold()
+	defer let()
+	r := newEROFS(t, img)
+	r.layer("whole", "", whole)
+	r.layer("whole again", "", whole)
+	r.layer("part", "", part)
+	if u, err := r.Usage(t.Context(), "whole"); err != nil || u.Size < int64(len(want)) || u.Size > 4*int64(len(want)) {
+		t.Errorf("the usage of a layer of %d bytes is %+v, %v", len(want), u, err)
+	}
+	if u, err := r.Usage(t.Context(), "part"); err != nil || u.Size >= int64(len(want)) {
+		t.Errorf("the usage of a layer of which nothing is there is %+v, %v", u, err)
+	}
+	f, err := os.Open(filepath.Join(mountsBelow(t, filepath.Join(r.root, "snapshots"))[2], "part"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, name := range []string{"part", "whole"} {
+		if err := r.Remove(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st := r.layers.Status(); st.Mounts != 1 || st.Layers.Layers != 2 {
+		t.Errorf("one of three snapshots is left, and one layer is in use besides: %+v", st)
+	}
+	b := make([]byte, len(want))
+	if _, err := f.ReadAt(b, 0); err != nil || string(b) != want {
+		t.Error("a file that was open when its layer was removed:", err)
+	}
+	f.Close()
+	if err := r.Remove(t.Context(), "whole again"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool {
+		st := r.layers.Status()
+		return st.Mounts == 0 && st.Layers.Layers == 0 && st.Layers.Bytes == 0
+	})
+	eventually(t, func() bool { open, _, _ := img.Counts(""); return open == 0 })
+}
+
+// TestEROFSRefused: what cannot be mounted rightly is left to containerd.
+func TestEROFSRefused(t *testing.T) {
+	base := lazytest.Gzip(t, lazytest.Tar(t, special(tar.Header{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o700}), file("d/a", "a", 0o600)))
+	implicit := lazytest.Gzip(t, lazytest.Tar(t, file("d/b", "b", 0o600)))
+	odd := lazytest.Gzip(t, lazytest.Tar(t, file("a/b", "b", 0o600), file("a", "a", 0o600), file("a/c", "c", 0o600)))
+	img := lazytest.NewImage()
+	for _, l := range []lazytest.Layer{base, implicit, odd} {
+		img.Add(l)
+	}
+	r := newEROFS(t, img)
+	if !r.layer("base", "", base) {
+		t.Error("an ordinary layer is left to containerd")
+	}
+	if r.layer("implicit", "base", implicit) {
+		t.Error("a layer without its folders is mounted: they have the attributes of the layer below")
+	}
+	if !r.layer("implicit below", "", implicit) {
+		t.Error("a lowest layer without its folders is left to containerd")
+	}
+	r.in("implicit", func(dir string) {
+		if d := cmp.Diff(describe(t, unpacked(t, base, implicit)), describe(t, dir)); d != "" {
+			t.Error(d)
+		}
+	})
+	labels := lazytest.Labels(base)
+	labels[diffID] = implicit.Desc.Digest.String()
+	if r.prepare("other", "", base, labels) {
+		t.Error("a layer that is not the one in the image's configuration is mounted")
+	}
+}
+
+const diffID = "containerd.io/snapshot/diff-id"
+
+// TestEROFSCorrupt: wrong bytes are an error, in the file they belong to.
+func TestEROFSCorrupt(t *testing.T) {
+	bad, want := body("bad", 40*lazytest.ChunkSize), body("good", 40*lazytest.ChunkSize)
+	l := lazytest.EStargz(t, lazytest.Tar(t, file("bad", bad, 0o644), file("good", want, 0o644)))
+	img := lazytest.NewImage()
+	img.Add(l)
+	let := img.Hold()
+	defer let()
+	r := newEROFS(t, img)
+	chain, _ := r.pull(l)
+	img.Corrupt(l.Desc.Digest, 2000, 200)
+	r.in(chain[0], func(dir string) {
+		if b, err := os.ReadFile(filepath.Join(dir, "bad")); !errors.Is(err, unix.EIO) {
+			t.Errorf("reading gives %d bytes and %v, want EIO", len(b), err)
+		}
+		if b, err := os.ReadFile(filepath.Join(dir, "good")); err != nil || string(b) != want {
+			t.Errorf("the other file: %v", err)
+		}
+	})
+}
+
+// TestEROFSPublished: a plain layer with a published index is lazy at once, and completed it was compared; a forged index
+// is found out, and its layer not used for new containers.
+func TestEROFSPublished(t *testing.T) {
+	for _, forged := range []bool{false, true} {
+		t.Run(fmt.Sprintf("forged %v", forged), func(t *testing.T) {
+			l, want := layerOf(t, lazytest.Gzip, "a")
+			x, err := index.Build(t.Context(), bytes.NewReader(l.Data), l.Desc, nil, index.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if forged {
+				x.Entries[1].Mode |= 0o4000
+			}
+			img := lazytest.NewImage()
+			img.Add(l)
+			img.Publish(x)
+			let := img.Hold()
+			r := newEROFS(t, img)
+			r.layer("a", "", l)
+			if countLines(r.log.String(), "served=lazy", "published index") != 1 {
+				t.Error("the layer is not lazy")
+			}
+			r.in("a", func(dir string) {
+				if b, err := os.ReadFile(filepath.Join(dir, "a")); err != nil || string(b) != want {
+					t.Error(err)
+				}
+			})
+			let()
+			if !forged {
+				eventually(t, func() bool { st := r.layers.Status(); return st.Data == 1 })
+				return
+			}
+			eventually(t, func() bool { return countLines(r.log.String(), "level=ERROR", "published index") == 1 })
+			if _, err := r.Prepare(t.Context(), "container", "a"); !errdefs.IsUnavailable(err) {
+				t.Errorf("a container on a forged layer: got %v, want unavailable", err)
+			}
+			if err := errors.Join(r.Remove(t.Context(), "container"), r.Remove(t.Context(), "a")); err != nil {
+				t.Fatal(err)
+			}
+			r.layer("a", "", l)
+			if countLines(r.log.String(), "served=eager") != 1 {
+				t.Error("pulled again, the layer is not unpacked")
+			}
+			r.in("a", func(dir string) {
+				if d := cmp.Diff(describe(t, unpacked(t, l)), describe(t, dir)); d != "" {
+					t.Error(d)
+				}
+			})
+		})
+	}
+}
+
+// TestEROFSSideBySide: many pulls of one chain at once end with one snapshot of each layer, one mount, and one fetch.
+func TestEROFSSideBySide(t *testing.T) {
+	l, _ := layerOf(t, lazytest.Gzip, "a")
+	img := lazytest.NewImage()
+	img.Add(l)
+	r := newEROFS(t, img)
+	var wg sync.WaitGroup
+	for i := range 16 {
+		wg.Go(func() {
+			labels := lazytest.Labels(l)
+			labels[targetLabel] = "A"
+			_, err := r.Prepare(t.Context(), fmt.Sprintf("extract-%d", i), "", snapshots.WithLabels(labels))
+			if !errdefs.IsAlreadyExists(err) {
+				t.Errorf("got %v, want already exists", err)
+			}
+		})
+	}
+	wg.Wait()
+	if left := mountsBelow(t, filepath.Join(r.root, "snapshots")); len(left) != 1 {
+		t.Errorf("mounts: %v", left)
+	}
+	if _, fetched, _ := img.Counts(l.Desc.Digest); fetched != 1 {
+		t.Errorf("%d fetches, want 1", fetched)
+	}
+}
+
+// TestEROFSManyLayers: sixty layers, which take three seconds one after another, and less side by side.
+func TestEROFSManyLayers(t *testing.T) {
+	img := lazytest.NewImage()
+	var layers []lazytest.Layer
+	for i := range 60 {
+		l := lazytest.Gzip(t, lazytest.Tar(t,
+			special(tar.Header{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o755}),
+			file(fmt.Sprintf("d/%d", i), fmt.Sprint(i), 0o644), file("top", fmt.Sprint(i), 0o644)))
+		img.Add(l)
+		layers = append(layers, l)
+	}
+	r := newEROFS(t, img)
+	chain, _ := r.pull(layers...)
+	r.in(chain[59], func(dir string) {
+		if d := cmp.Diff(describe(t, unpacked(t, layers...)), describe(t, dir)); d != "" {
+			t.Error(d)
+		}
+	})
+	begun := time.Now()
+	r.reboot()
+	r.open(nil)
+	t.Log("60 layers unmounted and mounted again in", time.Since(begun))
+	for i := 59; i >= 0; i-- {
+		if err := r.Remove(t.Context(), chain[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st := r.layers.Status(); st.Mounts != 0 || st.Layers.Layers != 0 {
+		t.Errorf("left: %+v", st)
 	}
 }

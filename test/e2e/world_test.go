@@ -53,8 +53,14 @@ type world struct {
 // newWorld makes a world that lives as long as the test, with one registry.
 func newWorld(t *testing.T, nodes int, o rig.RegistryOptions) *world {
 	t.Helper()
+	return newWorldFor(t, nodes, o, testTimeout)
+}
+
+// newWorldFor is newWorld for a test that takes longer than others.
+func newWorldFor(t *testing.T, nodes int, o rig.RegistryOptions, timeout time.Duration) *world {
+	t.Helper()
 	needsNodes(t)
-	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	t.Cleanup(cancel)
 	w := &world{T: t, ctx: ctx, rig: rig.ForTest(t), people: new(atomic.Int64)}
 	var err error

@@ -26,13 +26,9 @@ var skipped = []string{
 // TreeSum is what /app/treesum.py must print in a container of the image: a SHA-256 over every file of the root, and how many
 // there are.
 func (i *Image) TreeSum() (string, error) {
-	root := Tree{}
-	for _, desc := range i.Layers {
-		layer, err := i.readLayer(desc)
-		if err != nil {
-			return "", err
-		}
-		root.apply(layer)
+	root, err := i.root()
+	if err != nil {
+		return "", err
 	}
 	sum, count := sha256.New(), 0
 	// Folder by folder and by name inside each: not the order of whole paths, where "a-b" comes before "a/b".
@@ -69,6 +65,34 @@ func (i *Image) TreeSum() (string, error) {
 	}
 	walk(".", "")
 	return fmt.Sprintf("%x %d", sum.Sum(nil), count), nil
+}
+
+// root is all layers, one over another.
+func (i *Image) root() (Tree, error) {
+	root := Tree{}
+	for _, desc := range i.Layers {
+		layer, err := i.readLayer(desc)
+		if err != nil {
+			return nil, err
+		}
+		root.apply(layer)
+	}
+	return root, nil
+}
+
+// FileSums are the SHA-256 of the contents of the image's regular files, in hexadecimal, by their absolute paths.
+func (i *Image) FileSums() (map[string]string, error) {
+	root, err := i.root()
+	if err != nil {
+		return nil, err
+	}
+	sums := map[string]string{}
+	for name, e := range root {
+		if e.Header.Typeflag == tar.TypeReg {
+			sums["/"+name] = fmt.Sprintf("%x", sha256.Sum256(e.Body))
+		}
+	}
+	return sums, nil
 }
 
 // apply puts a layer over t: whiteouts first (OCI image-spec, layer.md), then what is in it, hard links as what they link to.

@@ -62,11 +62,12 @@ func (b *blob) ReadAt(ctx context.Context, p []byte, off int64, prio layerstore.
 	return b.handle.ReadAt(ctx, p, off)
 }
 
-// Reader gives all of the layer, as Wait does: at once or not at all.
+// Reader gives all of the layer, to somebody who waits for that.
 func (b *blob) Reader(ctx context.Context) io.ReadCloser {
 	r, w := io.Pipe()
+	b.Fetch()
 	go func() {
-		err := b.Wait(ctx)
+		_, err := b.handle.ReadAt(ctx, make([]byte, 1), 0)
 		if err == nil {
 			b.image.mu.Lock()
 			s := b.image.layers[b.digest]
@@ -91,7 +92,7 @@ func (b *blob) Wait(ctx context.Context) error {
 	return err
 }
 
-// Hold has everything that is not a container's read wait until the function returned is called.
+// Hold has everything that nobody waits for wait until the function returned is called.
 func (i *Image) Hold() (let func()) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
