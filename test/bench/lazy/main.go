@@ -4,7 +4,7 @@
 // Programs are those of image.Apps. The candidates, in turns in the same run (see package candidate):
 //
 //	overlayfs    containerd alone, on the image as it is
-//	stargz       the stargz snapshotter, on the image converted to eStargz
+//	stargz       the stargz snapshotter, on the image converted to eStargz, with no list of files to fetch first
 //	quay-first   docker quay on the image as it is, with the indexes of its layers published beside it; the first node
 //	quay-second  the same on another node, when a first one has run the program and has all of the image
 //	quay-eager   docker quay with lazy layers turned off
@@ -54,6 +54,10 @@ func main() {
 	flag.IntVar(&o.runs, "runs", 0, "runs of each candidate on each image (default: 3, with QUICK=1 one)")
 	flag.IntVar(&o.mbit, "mbit", 200, "speed of every link in Mbit/s, in each direction")
 	flag.DurationVar(&o.roundTrip, "distance", 10*time.Millisecond, "round trip to the registry")
+	flag.Func("layers", "`format` of docker quay's layers: gzip, estargz, zstdchunked, zstd, tar (default: gzip)", func(s string) (err error) {
+		o.layers, err = image.ParseFormat(s)
+		return err
+	})
 	flag.StringVar(&o.config, "config", "", "`text` to add to the node daemons' configuration")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -73,6 +77,7 @@ type options struct {
 	mbit      int
 	roundTrip time.Duration
 	config    string
+	layers    image.Format
 }
 
 // row is one candidate on one image: medians.

@@ -26,7 +26,7 @@ const nodes, here, there = 2, 1, 2
 // contestant is a candidate under the name that the report has for it.
 type contestant struct {
 	name string
-	kind func(config string) candidate.Candidate
+	kind func(options) candidate.Candidate
 	// second has a peer that ran the program before.
 	second bool
 	// eager has all of the image when the pull ends.
@@ -35,14 +35,16 @@ type contestant struct {
 }
 
 var contestants = []contestant{
-	{name: "overlayfs", kind: func(string) candidate.Candidate { return candidate.Overlayfs() }, eager: true},
-	{name: "stargz", kind: func(string) candidate.Candidate { return candidate.Stargz() }},
+	{name: "overlayfs", kind: func(options) candidate.Candidate { return candidate.Overlayfs() }, eager: true},
+	{name: "stargz", kind: func(options) candidate.Candidate { return candidate.Stargz() }},
 	{name: "quay-first", kind: lazyQuay, index: true},
 	{name: "quay-second", kind: lazyQuay, second: true, index: true},
-	{name: "quay-eager", kind: func(config string) candidate.Candidate { return candidate.Quay{Config: config} }, eager: true},
+	{name: "quay-eager", kind: func(o options) candidate.Candidate { return candidate.Quay{Layers: o.layers, Config: o.config} }, eager: true},
 }
 
-func lazyQuay(config string) candidate.Candidate { return candidate.Quay{Lazy: true, Config: config} }
+func lazyQuay(o options) candidate.Candidate {
+	return candidate.Quay{Lazy: true, Layers: o.layers, Config: o.config}
+}
 
 // contest is one program with all candidates.
 type contest struct {
@@ -68,7 +70,10 @@ func measure(ctx context.Context, w *candidate.World, p program, o options) (row
 	chosen := slices.DeleteFunc(slices.Clone(contestants), func(c contestant) bool {
 		return len(o.only) > 0 && !slices.Contains(o.only, c.name)
 	})
-	for _, f := range []image.Format{image.Gzip, image.EStargz} {
+	for _, f := range []image.Format{image.Gzip, image.EStargz, o.layers} {
+		if c.images[f] != nil {
+			continue
+		}
 		if c.images[f], err = p.make(ctx, f); err != nil {
 			return nil, err
 		}
@@ -80,12 +85,7 @@ func measure(ctx context.Context, w *candidate.World, p program, o options) (row
 	if err != nil {
 		return nil, fmt.Errorf("find out what the program reads: %w", err)
 	}
-	switch err := w.Publish(ctx, p.name, image.Gzip.String()); {
-	case err == nil:
-		c.indexed = true
-	case errors.Is(err, candidate.ErrNoIndexer):
-		fmt.Fprintf(os.Stderr, "%s: no index is published: %v\n", p.name, err)
-	default:
+	if c.indexed, err = publish(ctx, w, p.name, o.layers); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -118,9 +118,23 @@ func measure(ctx context.Context, w *candidate.World, p program, o options) (row
 	return rows, nil
 }
 
+// publish has the indexes of an image's layers published, and reports whether there are any: layers with a table of contents of their
+// own need none.
+func publish(ctx context.Context, w *candidate.World, name string, f image.Format) (bool, error) {
+	if f == image.EStargz || f == image.ZstdChunked {
+		return false, nil
+	}
+	err := w.Publish(ctx, name, f.String())
+	if errors.Is(err, candidate.ErrNoIndexer) {
+		fmt.Fprintf(os.Stderr, "%s: no index is published: %v\n", name, err)
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // play runs one candidate once, on a machine without anything.
 func (c *contest) play(ctx context.Context, k contestant, watch bool) (out outcome, err error) {
-	kind := k.kind(c.options.config)
+	kind := k.kind(c.options)
 	ref := c.refs[kind.Format()]
 	var peers []*candidate.Machine
 	if k.second {
@@ -199,7 +213,7 @@ func (c *contest) holder(ctx context.Context, kind candidate.Candidate) (err err
 
 // row is the report's about one candidate.
 func (c *contest) row(k contestant, outcomes []outcome, touched candidate.Touched, ok bool) row {
-	format := k.kind("").Format()
+	format := k.kind(c.options).Format()
 	img := c.images[format]
 	r := row{
 		Image: c.program.name, Layers: format.String(), Candidate: k.name, ImageBytes: img.Size(), Runs: len(outcomes),
@@ -236,6 +250,7 @@ func compare(rows []row) {
 		}
 	}
 	for i := range rows {
+		rows[i].ToOverlayfs, rows[i].ToStargz = 0, 0
 		if overlayfs > 0 {
 			rows[i].ToOverlayfs = rows[i].First / overlayfs
 		}

@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -13,12 +11,11 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/docker-quay/docker-quay/test/bench/lazy/candidate"
 	"github.com/docker-quay/docker-quay/test/image"
 )
 
 const (
-	// rowSize is what one read in a row asks for, more than any file system reads ahead.
-	rowSize = 1 << 20
 	// passes is how often the large file is read in one turn.
 	passes = 4
 	// randomSize is what one random read asks for: a page.
@@ -50,13 +47,12 @@ func readHot(ctx context.Context, files, program string, p picture) (f figures, 
 	return f, err
 }
 
-// inARow reads a file from its beginning to its end and returns 10^6 bytes a second.
+// inARow reads a file from its beginning to its end, some times, and returns 10^6 bytes a second.
 func inARow(path string) (float64, error) {
-	buf := make([]byte, rowSize)
 	var n int64
 	begun := time.Now()
 	for range passes {
-		got, err := readFile(path, buf)
+		got, err := candidate.ReadAll(path)
 		if err != nil {
 			return 0, err
 		}
@@ -111,35 +107,9 @@ func visit(dir string) (float64, error) {
 
 // readAll opens and reads every file below a folder, one after the other, and returns seconds and bytes.
 func readAll(dir string) (seconds float64, n int64, err error) {
-	buf := make([]byte, rowSize)
 	begun := time.Now()
-	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
-		}
-		got, err := readFile(path, buf)
-		n += got
-		return err
-	})
+	n, err = candidate.ReadAll(dir)
 	return time.Since(begun).Seconds(), n, err
-}
-
-func readFile(path string, buf []byte) (n int64, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	for {
-		got, err := f.Read(buf)
-		n += int64(got)
-		if errors.Is(err, io.EOF) {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
-	}
 }
 
 // start runs a command with the folder as its root and returns how many milliseconds it took, on average.

@@ -8,7 +8,8 @@
 //	quay-off   the same with lazy layers turned off
 //
 // cpu_s and peak_rss_mb are those of containerd and the candidate's daemon together, the registry's not. A pull counts as ended when
-// all of the image has come over loopback; complete is false when that was after containerd said that it is pulled.
+// all of the image has come over loopback; complete is false when that was after containerd said that it is pulled. read_s, which
+// is none of seconds, is what it took to read every file right after; a row is ok only if that were as many bytes for all candidates.
 //
 // containerd unpacks gzip with unpigz or igzip when it finds one on its PATH; -no-helpers hides them.
 //
@@ -78,6 +79,7 @@ type row struct {
 	PeakRSS     float64 `json:"peak_rss_mb"`   // 10^6 bytes, of all runs
 	HelperRSS   float64 `json:"daemon_rss_mb"` // the part of the candidate's daemon
 	Complete    bool    `json:"complete"`
+	Read        float64 `json:"read_s"`         // reading every file right after the pull
 	Before      float64 `json:"before_percent"` // what the machine had to do just before, of all CPUs
 	OK          bool    `json:"ok"`
 }

@@ -36,6 +36,8 @@ type outcome struct {
 	seconds       float64
 	cost, helpers candidate.Cost
 	complete      bool
+	read          float64 // seconds
+	bytes         int64   // of files
 	before        float64
 }
 
@@ -64,12 +66,16 @@ func measure(ctx context.Context, w *candidate.World, name string, img *image.Im
 		}
 	}
 	var base float64
+	var right int64 // bytes of files
 	for i, k := range contestants {
 		r := toRow(outcomes[i])
 		r.Image, r.Candidate, r.ImageBytes = name, k.name, img.Size()
 		r.OK = !failed[i] && r.Runs > 0
-		if i == 0 {
-			base = r.Seconds
+		if i == 0 && r.OK {
+			base, right = r.Seconds, outcomes[i][0].bytes
+		}
+		for _, out := range outcomes[i] {
+			r.OK = r.OK && out.bytes == right
 		}
 		if base > 0 {
 			r.ToOverlayfs = r.Seconds / base
@@ -123,16 +129,27 @@ func play(ctx context.Context, w *candidate.World, kind candidate.Candidate, ref
 		return out, err
 	}
 	out.cost.CPU -= before.CPU
-	out.helpers, err = m.HelperCost()
-	return out, err
+	if out.helpers, err = m.HelperCost(); err != nil {
+		return out, err
+	}
+	// Whatever was left for later shows here.
+	begun = time.Now()
+	files, err := m.Mount(ctx, ref, "check")
+	if err != nil {
+		return out, err
+	}
+	out.bytes, err = files.Read()
+	out.read = time.Since(begun).Seconds()
+	return out, errors.Join(err, files.Close())
 }
 
 func toRow(outcomes []outcome) (r row) {
-	var seconds, cpu, before bench.Series
+	var seconds, cpu, read, before bench.Series
 	r.Complete = true
 	for _, o := range outcomes {
 		seconds = append(seconds, o.seconds)
 		cpu = append(cpu, o.cost.CPU.Seconds())
+		read = append(read, o.read)
 		before = append(before, o.before)
 		r.PeakRSS = max(r.PeakRSS, float64(o.cost.PeakRSS)/1e6)
 		r.HelperRSS = max(r.HelperRSS, float64(o.helpers.PeakRSS)/1e6)
@@ -140,6 +157,6 @@ func toRow(outcomes []outcome) (r row) {
 	}
 	r.Runs = len(outcomes)
 	r.Seconds, r.SecondsMin, r.SecondsMax = seconds.Median(), seconds.Min(), seconds.Max()
-	r.CPU, r.Before = cpu.Median(), before.Max()
+	r.CPU, r.Read, r.Before = cpu.Median(), read.Median(), before.Max()
 	return r
 }

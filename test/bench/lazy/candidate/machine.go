@@ -133,8 +133,12 @@ func (m *Machine) Close() error {
 		errs = append(errs, m.containerd.Stop())
 		dirs = append(dirs, filepath.Dir(m.containerd.Root()))
 	}
-	if m.helper != nil {
+	switch {
+	case m.quay != nil:
 		errs = append(errs, m.helper.Stop())
+	case m.helper != nil:
+		// How somebody else's daemon ends is not the question; it was seen to take longer than Stop waits.
+		errs = append(errs, m.helper.Kill9())
 	}
 	if m.dir != "" {
 		// What outlives its daemon on purpose.

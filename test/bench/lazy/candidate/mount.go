@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +24,41 @@ type Mounted struct {
 	On string
 
 	unmount func() error
+}
+
+// Read opens and reads every file, one after the other, and returns how many bytes that were.
+func (m *Mounted) Read() (n int64, err error) { return ReadAll(m.Dir) }
+
+// ReadAll opens and reads every file below a folder, one after the other, and returns how many bytes that were.
+func ReadAll(dir string) (n int64, err error) {
+	buf := make([]byte, 1<<20) // more than any file system reads ahead
+	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		got, err := readFile(path, buf)
+		n += got
+		return err
+	})
+	return n, err
+}
+
+func readFile(path string, buf []byte) (n int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	for {
+		got, err := f.Read(buf)
+		n += int64(got)
+		if errors.Is(err, io.EOF) {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
 }
 
 // Close unmounts it.
