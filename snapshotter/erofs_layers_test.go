@@ -464,3 +464,58 @@ func TestEROFSManyLayers(t *testing.T) {
 		t.Errorf("left: %+v", st)
 	}
 }
+
+// TestEROFSOldMounts: a container that was started before its layer was complete reads on by way of the daemon, which knows of
+// it after a restart, and when its image was removed.
+func TestEROFSOldMounts(t *testing.T) {
+	img := lazytest.NewImage()
+	l, want := layerOf(t, lazytest.EStargz, "a")
+	img.Add(l)
+	let := img.Hold()
+	r := newEROFS(t, img)
+	r.layer("a", "", l)
+	at := mountsBelow(t, filepath.Join(r.root, "snapshots"))[0]
+	// What runc has: an overlay, which keeps the layer though it is not seen to use its mount.
+	merged := t.TempDir()
+	if err := unix.Mount("overlay", merged, "overlay", unix.MS_RDONLY, "lowerdir="+at+":"+t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(merged, unix.MNT_DETACH)
+	part := func(off int) {
+		t.Helper()
+		f, err := os.Open(filepath.Join(merged, "a"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		b := make([]byte, 4096)
+		if _, err := f.ReadAt(b, int64(off)); err != nil || string(b) != want[off:off+len(b)] {
+			t.Errorf("at %d: %v", off, err)
+		}
+	}
+	part(0)
+	let()
+	eventually(t, func() bool { st := r.layers.Status(); return st.Data == 1 })
+	part(len(want) / 4)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.open(nil)
+	part(len(want) / 2)
+	if err := r.Remove(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	part(len(want) / 4 * 3)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.open(nil)
+	part(len(want) - 4096)
+	if st := r.layers.Status(); st.Errors != 0 || st.Layers.Layers != 1 {
+		t.Errorf("a container uses the layer: %+v", st)
+	}
+	if err := unix.Unmount(merged, 0); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { return r.layers.Status().Layers.Layers == 0 })
+}

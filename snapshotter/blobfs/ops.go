@@ -86,8 +86,15 @@ func (s *Server) released(node uint64) {
 	if f == nil {
 		return
 	}
-	if r, ok := f.f.(Releaser); ok {
-		r.Released()
+	if c, ok := f.f.(Counted); ok {
+		c.Released()
+	}
+}
+
+// opened tells a File that it is about to be.
+func (f *file) opened(op uint32) {
+	if c, ok := f.f.(Counted); ok && op == opOpen {
+		c.Opened()
 	}
 }
 
@@ -155,6 +162,7 @@ func (w *worker) metadata(r request, name string) {
 	switch {
 	case parked:
 	case f != nil:
+		f.opened(r.op)
 		w.reply(r, body(w.out.data(entrySize), r.op, f))
 	case r.op == opLookup:
 		w.error(r, syscall.ENOENT)

@@ -151,6 +151,7 @@ func (s *Server) unparkLocked(f *file) (answers [][]byte) {
 		}
 		s.retireLocked(c)
 		c.release()
+		f.opened(c.op)
 		answers = append(answers, describe(c.op, c.unique, f))
 	}
 	return answers

@@ -33,12 +33,16 @@ type Prompt interface {
 	ReadNow(p []byte, off int64) (bool, error)
 }
 
-// Releaser is a File that hears when the kernel has closed it: once for each time that
-// somebody opened it, also when that was in the days of a former Server. An EROFS has
-// its devices open as long as it lives, so this is how its end is known. Released
-// returns soon.
-type Releaser interface {
+// Counted is a File that hears who has it open. An EROFS has its devices open as long as it lives,
+// in whichever mount, so this is how its end is known.
+//
+// Opened comes before the one who opens it is answered, Released after the kernel has let go, also
+// of what was opened in the days of a former Server. A Server that dies in between has
+// counted an open file too many, never one too few. Both return soon, and call no method
+// of the Server.
+type Counted interface {
 	File
+	Opened()
 	Released()
 }
 

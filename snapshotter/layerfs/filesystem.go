@@ -219,15 +219,11 @@ func (f *FileSystem) Unmount(ctx context.Context, at string) error {
 // detach unmounts what is on at. The caller is in p.
 func (f *FileSystem) detach(p *place, at string) error {
 	f.mu.Lock()
-	s, k := p.s, p.kind
+	s := p.s
 	f.mu.Unlock()
 	if s == nil && !isMount(at) {
 		f.unnote(at)
 		return nil
-	}
-	var before int64
-	if s != nil {
-		before = s.releases.Load()
 	}
 	a, err := f.mounter.do(order{Op: opUnmount, At: at})
 	if err != nil {
@@ -239,9 +235,6 @@ func (f *FileSystem) detach(p *place, at string) error {
 	}
 	f.mu.Lock()
 	p.s = nil
-	if a.Busy && k == kindBlobs && s.releases.Load() == before {
-		s.busy++
-	}
 	f.mu.Unlock()
 	if a.Busy {
 		f.log.Info("layer unmounted, but still in use; it is released when its last user is gone", "mountpoint", at, "digest", s.digest)
@@ -307,26 +300,4 @@ func (f *FileSystem) enter(ctx context.Context, at string) (_ *place, leave func
 		release()
 		return nil, nil, context.Cause(ctx)
 	}
-}
-
-// The note of a mount says what kind it is; its name is that of the snapshot.
-func (f *FileSystem) notePath(at string) string {
-	return filepath.Join(f.o.State, "mounts", filepath.Base(filepath.Dir(at)))
-}
-
-func (f *FileSystem) note(at string, k kind) error {
-	if err := os.WriteFile(f.notePath(at), []byte(k), 0o600); err != nil {
-		return fmt.Errorf("the mount on %s cannot be noted: %w", at, err)
-	}
-	return nil
-}
-
-func (f *FileSystem) unnote(at string) { _ = os.Remove(f.notePath(at)) }
-
-// noted is the kind of a mount of a former daemon. Without a note it is the one that is right for both.
-func (f *FileSystem) noted(at string) kind {
-	if b, err := os.ReadFile(f.notePath(at)); err == nil && kind(b) == kindData {
-		return kindData
-	}
-	return kindBlobs
 }

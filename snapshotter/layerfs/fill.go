@@ -3,13 +3,8 @@ package layerfs
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 
 	"github.com/docker-quay/docker-quay/snapshotter/index/published"
 )
@@ -183,50 +178,14 @@ func (f *FileSystem) promoteOne(ctx context.Context, s *served, at string) error
 	if !ours || ctx.Err() != nil {
 		return nil
 	}
-	before := s.releases.Load()
-	a, err := f.mounter.do(order{Op: opReplace, At: at, Meta: s.h.MetaPath(), Data: s.h.DataPath(), Loop: f.o.Loop})
+	_, err = f.mounter.do(order{Op: opReplace, At: at, Meta: s.h.MetaPath(), Data: s.h.DataPath(), Loop: f.o.Loop})
 	if err != nil {
 		return err
 	}
 	f.mu.Lock()
 	p.kind = kindData
-	if a.Busy && s.releases.Load() == before {
-		s.busy++
-	}
 	f.mu.Unlock()
 	return f.note(at, kindData)
-}
-
-// A claim says that the layer's index is somebody's word that nobody has checked yet; its text is
-// why, once it was found to be false.
-
-func (f *FileSystem) claimPath(d digest.Digest) string {
-	return filepath.Join(f.o.State, "claims", d.Encoded())
-}
-
-func (f *FileSystem) claim(d digest.Digest, why string) error {
-	return os.WriteFile(f.claimPath(d), []byte(why), 0o600)
-}
-
-// unclaim forgets that an index has to be checked; not that it was found to be false, as it would
-// be found and used again.
-func (f *FileSystem) unclaim(d digest.Digest) {
-	if f.forged(d) == nil {
-		_ = os.Remove(f.claimPath(d))
-	}
-}
-
-func (f *FileSystem) claimed(d digest.Digest) bool {
-	_, err := os.Lstat(f.claimPath(d))
-	return err == nil
-}
-
-// forged is the error of a layer whose published index was found to be false.
-func (f *FileSystem) forged(d digest.Digest) error {
-	if b, err := os.ReadFile(f.claimPath(d)); err == nil && len(b) > 0 {
-		return fmt.Errorf("layer %s was mounted by an index that is not its own: %w: %s; remove the image and pull it again", d, published.ErrForged, b)
-	}
-	return nil
 }
 
 // verify compares a published index with the blob, which is here.

@@ -37,6 +37,15 @@ func (f *FileSystem) Restore(ctx context.Context, points []lazy.Mountpoint) (fai
 	lost := make([]bool, len(points))
 	var g errgroup.Group
 	g.SetLimit(adopters)
+	for _, o := range f.notedOpens() {
+		g.Go(func() error {
+			if err := f.reopen(o); err != nil {
+				f.log.Error("a layer that containers read is lost: they get errors from it", "digest", o.Layer, "image", o.Ref, "error", err)
+			}
+			return nil
+		})
+	}
+	g.Wait()
 	for i, mp := range points {
 		g.Go(func() error {
 			if lost[i] = !f.Lives(mp.Path); lost[i] {
@@ -70,6 +79,21 @@ func (f *FileSystem) Restore(ctx context.Context, points []lazy.Mountpoint) (fai
 // Lives tells whether what a former daemon has mounted on a path is a layer that can still be read.
 func (f *FileSystem) Lives(at string) bool {
 	return isEROFS(at) && (f.link.taken || f.noted(at) == kindData)
+}
+
+// reopen gives the kernel a file back that it has open.
+func (f *FileSystem) reopen(o opens) error {
+	s, err := f.acquire(o.target())
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	s.opens = o.Count
+	f.mu.Unlock()
+	s.mounted.Store(true)
+	err = f.offer(s)
+	f.release(s, false) // opens holds it
+	return err
 }
 
 // adopt takes over a mount.

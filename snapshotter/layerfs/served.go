@@ -18,13 +18,15 @@ import (
 
 // served is a layer that is mounted, about to be, or still in use after its last mount went.
 type served struct {
-	digest   digest.Digest
-	target   lazy.Target // as the first who wanted it named it
-	mounted  atomic.Bool // at any time
-	releases atomic.Int64
+	digest  digest.Digest
+	target  lazy.Target // as the first who wanted it named it
+	mounted atomic.Bool // at any time
 
 	refs int // mounts, and those about to mount; guarded by FileSystem.mu
-	busy int // mounts out of sight that read from blobfs; guarded by FileSystem.mu
+	// opens is how often the kernel has its file of blobfs open: once for each EROFS that reads from it, also out of
+	// sight below the overlay of a container. Changed with countMu held, too; guarded by FileSystem.mu.
+	opens   int
+	countMu sync.Mutex // held while opens and its note change
 
 	mu     sync.Mutex // held by who opens or closes it; guards following
 	h      *layerstore.Layer
@@ -110,7 +112,7 @@ func (f *FileSystem) release(s *served, drop bool) {
 // finish closes a layer that nobody needs any more.
 func (f *FileSystem) finish(s *served) {
 	f.mu.Lock()
-	needed := s.refs > 0 || s.busy > 0
+	needed := s.refs > 0 || s.opens > 0
 	f.mu.Unlock()
 	if needed {
 		return
@@ -119,7 +121,7 @@ func (f *FileSystem) finish(s *served) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f.mu.Lock()
-	needed, closed := s.refs > 0 || s.busy > 0, f.closed
+	needed, closed := s.refs > 0 || s.opens > 0, f.closed
 	f.mu.Unlock()
 	if needed || s.h == nil || closed {
 		if !needed && s.h == nil {
@@ -144,7 +146,7 @@ func (f *FileSystem) finish(s *served) {
 func (f *FileSystem) forget(s *served) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if s.refs == 0 && s.busy == 0 && f.served[s.digest] == s {
+	if s.refs == 0 && s.opens == 0 && f.served[s.digest] == s {
 		delete(f.served, s.digest)
 	}
 }
@@ -168,7 +170,7 @@ func (f *FileSystem) settle(s *served) {
 	s.offerMu.Lock()
 	defer s.offerMu.Unlock()
 	f.mu.Lock()
-	read := s.busy > 0 || f.closed
+	read := s.opens > 0 || f.closed
 	for _, p := range f.places {
 		read = read || p.s == s && p.kind == kindBlobs
 	}
@@ -202,8 +204,8 @@ type dataFile struct {
 }
 
 var (
-	_ blobfs.Prompt   = (*dataFile)(nil)
-	_ blobfs.Releaser = (*dataFile)(nil)
+	_ blobfs.Prompt  = (*dataFile)(nil)
+	_ blobfs.Counted = (*dataFile)(nil)
 )
 
 // Size implements blobfs.File.
@@ -217,16 +219,32 @@ func (d *dataFile) ReadAt(ctx context.Context, p []byte, off int64) error {
 // ReadNow implements blobfs.Prompt.
 func (d *dataFile) ReadNow(p []byte, off int64) (bool, error) { return d.h.ReadNow(p, off) }
 
-// Released implements blobfs.Releaser: a mount that read from it is gone.
+// Opened implements blobfs.Counted.
+func (d *dataFile) Opened() { d.f.count(d.s, 1) }
+
+// Released implements blobfs.Counted.
 func (d *dataFile) Released() {
 	f, s := d.f, d.s
-	s.releases.Add(1)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if s.busy == 0 || f.closed {
+	if f.count(s, -1) > 0 {
 		return
 	}
-	if s.busy--; s.busy == 0 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.closed {
 		f.wg.Go(func() { f.settle(s); f.finish(s) })
 	}
+}
+
+// count notes that the kernel has opened or closed a layer's file, for the next daemon too.
+func (f *FileSystem) count(s *served, n int) int {
+	s.countMu.Lock()
+	defer s.countMu.Unlock()
+	f.mu.Lock()
+	s.opens = max(s.opens+n, 0)
+	now := s.opens
+	f.mu.Unlock()
+	if err := f.noteOpens(s, now); err != nil {
+		f.log.Error("who reads a layer cannot be noted: after the daemon's end containers may get errors", "digest", s.digest, "error", err)
+	}
+	return now
 }

@@ -35,7 +35,7 @@ func New(ctx context.Context, o Options) (_ *FileSystem, err error) {
 	if o.Quiet <= 0 {
 		o.Quiet = quiet
 	}
-	for _, dir := range []string{"mounts", "claims"} {
+	for _, dir := range []string{dirMounts, dirOpens, dirClaims} {
 		if err := os.MkdirAll(filepath.Join(o.State, dir), 0o700); err != nil {
 			return nil, fmt.Errorf("the folder of the layers' mounts cannot be made: %w", err)
 		}
@@ -97,7 +97,7 @@ func (f *FileSystem) Close() error {
 	var open []*served
 	for _, s := range f.served {
 		open = append(open, s)
-		last = last && s.busy == 0
+		last = last && s.opens == 0
 	}
 	for _, p := range f.places {
 		last = last && (p.s == nil || p.kind == kindData)
