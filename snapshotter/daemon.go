@@ -76,6 +76,7 @@ func Run(ctx context.Context, cfg Config, o Options) (err error) {
 	}
 	services = append(services, sn)
 	node.Mounts(sn.Layers)
+	node.Tell(sn.Tell)
 
 	g, gctx := errgroup.WithContext(ctx)
 	for _, s := range services {

@@ -156,6 +156,16 @@ func (l *Layers) Index(ctx context.Context, ref string, manifest digest.Digest, 
 	return x, err
 }
 
+// Told implements layerfs.Source.
+func (l *Layers) Told(ctx context.Context, ref string, desc ocispec.Descriptor, accept func([]byte) error) error {
+	b, err := l.blob(ctx, ref, desc)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	return b.Index(ctx, accept)
+}
+
 // Verify implements layerfs.Source.
 func (l *Layers) Verify(ctx context.Context, blob io.Reader, x *index.Index) error {
 	return published.Verify(ctx, blob, x)

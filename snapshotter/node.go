@@ -30,7 +30,9 @@ type Node struct {
 	Metrics  prometheus.Collector // of the fetcher
 	// Mounts tells the node API how layers are mounted, once that is known.
 	Mounts func(func() *api.Layers)
-	Close  func(ctx context.Context) error // after the services and the snapshotter are down; may be nil
+	// Tell has other nodes told of the content of layers.
+	Tell  func(fetcher.IndexFunc)
+	Close func(ctx context.Context) error // after the services and the snapshotter are down; may be nil
 }
 
 // NewNode builds the fetcher of cfg, and what is served from it. When it fails nothing is
@@ -89,6 +91,7 @@ func NewNode(ctx context.Context, cfg Config, version string, log *slog.Logger) 
 	return &Node{
 		Layers: layers, Services: services, Metrics: metrics{f.Stats}, Close: closeAll,
 		Mounts: func(of func() *api.Layers) { mounts.Store(&of) },
+		Tell:   f.OfferIndexes,
 	}, nil
 }
 

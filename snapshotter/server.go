@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
 
 	"github.com/docker-quay/docker-quay/fetcher/api"
@@ -119,6 +121,14 @@ func (s *Server) Layers() *api.Layers {
 	st.Stored, st.Complete, st.Bytes = now.Layers.Layers, now.Layers.Complete, now.Layers.Bytes
 	st.Reads, st.ReadErrors, st.ReadsWaiting = now.Reads, now.Errors, now.InFlight
 	return st
+}
+
+// Tell says what this node knows of a layer, for other nodes: see layerfs.FileSystem.Tell.
+func (s *Server) Tell(ctx context.Context, d digest.Digest) ([]byte, error) {
+	if s.sn.layers == nil {
+		return nil, errors.New("layers are not kept with an index here")
+	}
+	return s.sn.layers.Tell(ctx, d)
 }
 
 // Healthy tells whether the snapshotter's database answers, for a watchdog.

@@ -230,6 +230,10 @@ func (f *FileSystem) find(ctx context.Context, t lazy.Target) (desc ocispec.Desc
 		return desc, "", err
 	}
 	published := false
+	theirs, order := f.fromOthers(ctx, t, desc, x == nil && f.forged(t.Layer) == nil)
+	if theirs != nil {
+		x, why, published = theirs, "index of another node", true
+	}
 	if x == nil && f.forged(t.Layer) == nil {
 		x, err = f.o.Source.Index(ctx, t.Ref, t.Manifest, desc)
 		if err != nil {
@@ -250,6 +254,11 @@ func (f *FileSystem) find(ctx context.Context, t lazy.Target) (desc ocispec.Desc
 	h, err := f.store.Create(ctx, x)
 	switch {
 	case err == nil:
+		if len(order) > 0 {
+			if err := h.SetOrder(order); err != nil {
+				f.log.Debug("another node's word of what is read first is not used", "digest", t.Layer, "error", err)
+			}
+		}
 		return desc, why, h.Close()
 	case ctx.Err() != nil, errors.Is(err, layerstore.ErrNoSpace):
 		return desc, "", err

@@ -16,7 +16,7 @@
 //
 //  1. it is there already, for another image or from a former run;
 //  2. it brings a table of contents along (eStargz, zstd:chunked);
-//  3. an index of it is published beside its image;
+//  3. another node that has it says what is in it, or an index of it is published beside its image;
 //  4. all of it is fetched and unpacked, side by side with the image's other layers.
 //
 // After 1 to 3 its bytes may be missing: they come when they are read, and in the

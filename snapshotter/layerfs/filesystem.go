@@ -52,6 +52,7 @@ type FileSystem struct {
 	unpack  chan struct{} // holds one for each layer that is unpacked
 	look    chan struct{} // the same, whose index is looked for
 	fill    chan struct{} // the same, that is filled in the background
+	words   chan struct{} // holds one while an index of or for another node is in memory
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc

@@ -24,6 +24,10 @@ type Source interface {
 	// did. What it says is the publisher's word until Verify has compared it.
 	Index(ctx context.Context, ref string, manifest digest.Digest, desc ocispec.Descriptor) (*index.Index, error)
 
+	// Told asks other nodes what they know of the layer, and hands what each one says to accept, until that
+	// returns nil. It is their word, like an index that is published.
+	Told(ctx context.Context, ref string, desc ocispec.Descriptor, accept func([]byte) error) error
+
 	// Verify compares a published index with the whole layer. The error matches
 	// published.ErrForged when they differ.
 	Verify(ctx context.Context, blob io.Reader, x *index.Index) error

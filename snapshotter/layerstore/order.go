@@ -18,8 +18,8 @@ const (
 	// recordMost bounds the ranges of a recorded order, and so what a stranger's order
 	// can ask for.
 	recordMost = 4096
-	// maxOrder bounds the file of recordMost ranges.
-	maxOrder = recordMost * 100
+	// MaxOrder bounds an order of recordMost ranges in JSON, in bytes.
+	MaxOrder = recordMost * 100
 )
 
 // Range is a part of a layer's data file, and when it was first read, counted from the
@@ -42,7 +42,7 @@ type recorder struct {
 
 // begin starts recording, unless an order is known already.
 func (r *recorder) begin(l *layer) {
-	_, err := readBounded(l.path(fileOrder), maxOrder)
+	_, err := readBounded(l.path(fileOrder), MaxOrder)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.order, r.begun = nil, time.Time{}
@@ -126,7 +126,7 @@ func (h *Layer) Order() ([]Range, error) {
 		return slices.Clone(l.rec.order), nil
 	}
 	l.rec.mu.Unlock()
-	b, err := readBounded(l.path(fileOrder), maxOrder)
+	b, err := readBounded(l.path(fileOrder), MaxOrder)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -232,6 +232,12 @@ func (f *Finder) read(ctx context.Context, q Query, e entry) (*index.Index, erro
 		return nil, err
 	}
 	defer func() { <-f.decode }()
+	return Decode(text, q.Layer, q.DiffID)
+}
+
+// Decode takes an index from somebody: with bounded memory, and only one of that layer. diffID is "" when it is not known. What the
+// index says stays a claim until Verify. Errors match ErrInvalid.
+func Decode(text []byte, layer ocispec.Descriptor, diffID digest.Digest) (*index.Index, error) {
 	if err := affordable(text); err != nil {
 		return nil, err
 	}
@@ -239,12 +245,12 @@ func (f *Finder) read(ctx context.Context, q Query, e entry) (*index.Index, erro
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrInvalid, err)
-	case x.Blob != q.Layer.Digest || x.BlobSize != q.Layer.Size:
+	case x.Blob != layer.Digest || x.BlobSize != layer.Size:
 		return nil, fmt.Errorf("%w: it is of the layer %s with %d bytes", ErrInvalid, x.Blob, x.BlobSize)
 	case x.DiffID == "":
 		return nil, fmt.Errorf("%w: it has no diff ID, so it could never be verified", ErrInvalid)
-	case q.DiffID != "" && x.DiffID != q.DiffID:
-		return nil, fmt.Errorf("%w: it is of a layer with the diff ID %s, the image's configuration says %s", ErrInvalid, x.DiffID, q.DiffID)
+	case diffID != "" && x.DiffID != diffID:
+		return nil, fmt.Errorf("%w: it is of a layer with the diff ID %s, the image's configuration says %s", ErrInvalid, x.DiffID, diffID)
 	}
 	return x, nil
 }

@@ -44,6 +44,7 @@ type Image struct {
 	hang    chan struct{} // Describe waits for it
 	held    chan struct{} // all but demand waits for it
 	indexes map[digest.Digest]*index.Index
+	told    map[digest.Digest][]byte
 	open    int
 	fetched map[digest.Digest]int
 	reads   map[digest.Digest]int
@@ -61,6 +62,7 @@ func NewImage() *Image {
 	return &Image{
 		layers:  make(map[digest.Digest]*stored),
 		indexes: make(map[digest.Digest]*index.Index),
+		told:    make(map[digest.Digest][]byte),
 		fetched: make(map[digest.Digest]int),
 		reads:   make(map[digest.Digest]int),
 	}

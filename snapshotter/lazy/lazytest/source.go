@@ -3,6 +3,7 @@ package lazytest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -29,6 +30,24 @@ func (i *Image) Index(_ context.Context, _ string, _ digest.Digest, desc ocispec
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	return i.indexes[desc.Digest], i.down
+}
+
+// Tell has Told answer with what a node says of a layer.
+func (i *Image) Tell(layer digest.Digest, said []byte) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.told[layer] = said
+}
+
+// Told implements layerfs.Source.
+func (i *Image) Told(_ context.Context, _ string, desc ocispec.Descriptor, accept func([]byte) error) error {
+	i.mu.Lock()
+	said := i.told[desc.Digest]
+	i.mu.Unlock()
+	if said == nil {
+		return errors.New("no other node knows the layer")
+	}
+	return accept(said)
 }
 
 // Verify implements layerfs.Source.

@@ -1,0 +1,120 @@
+package layerfs
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/docker-quay/docker-quay/snapshotter/index"
+	"github.com/docker-quay/docker-quay/snapshotter/index/published"
+	"github.com/docker-quay/docker-quay/snapshotter/layerstore"
+	"github.com/docker-quay/docker-quay/snapshotter/lazy"
+)
+
+// What nodes tell each other of a layer is one line of JSON, and after it the index as it is published; nothing when
+// there is none.
+const (
+	toldVersion = 1
+	// maxTold bounds the line: the longest order, and the words around it.
+	maxTold = layerstore.MaxOrder + 1<<10
+)
+
+// told is the line.
+type told struct {
+	Version int                `json:"version"`
+	Order   []layerstore.Range `json:"order,omitempty"`
+}
+
+// errUnknown says that this node can tell nothing of a layer.
+var errUnknown = errors.New("this node has not got all of the layer, or has not checked it")
+
+// Tell says what this node knows of a layer, for others: its index, and what its containers read first. Only of
+// layers that are complete, whose index was made of the layer's own bytes or compared with them.
+func (f *FileSystem) Tell(ctx context.Context, d digest.Digest) ([]byte, error) {
+	h, err := f.store.Get(d)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	if !h.Completed() || f.claimed(d) {
+		return nil, errUnknown
+	}
+	if err := enter(ctx, f.words); err != nil {
+		return nil, err
+	}
+	defer func() { <-f.words }()
+	line := told{Version: toldVersion}
+	if line.Order, err = h.Order(); err != nil {
+		f.log.Debug("what a layer's containers read first is not told", "digest", d, "error", err)
+	}
+	b, err := json.Marshal(line)
+	if err != nil {
+		return nil, err
+	}
+	b = append(b, '\n')
+	x, err := h.Index()
+	if err != nil {
+		return nil, err
+	}
+	text, err := published.Encode(x)
+	if errors.Is(err, published.ErrInvalid) { // of a table of contents, which the other node has as well
+		return b, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return append(b, text.Text...), nil
+}
+
+// toldOf takes apart what another node says of a layer. The index is nil when it says none.
+func toldOf(b []byte, t lazy.Target, desc ocispec.Descriptor) (*index.Index, []layerstore.Range, error) {
+	end := bytes.IndexByte(b[:min(len(b), maxTold)], '\n')
+	if end < 0 {
+		return nil, nil, fmt.Errorf("its first line has more than %d bytes, or no end", maxTold)
+	}
+	line, text := b[:end], b[end+1:]
+	var says told
+	if err := json.Unmarshal(line, &says); err != nil {
+		return nil, nil, fmt.Errorf("its first line: %w", err)
+	}
+	if says.Version != toldVersion {
+		return nil, nil, fmt.Errorf("its version is %d, this node knows %d", says.Version, toldVersion)
+	}
+	if len(text) == 0 {
+		return nil, says.Order, nil
+	}
+	x, err := published.Decode(text, desc, t.DiffID)
+	return x, says.Order, err
+}
+
+// fromOthers asks other nodes for a layer's index, when it is wanted, and for what its containers read first.
+func (f *FileSystem) fromOthers(ctx context.Context, t lazy.Target, desc ocispec.Descriptor, wanted bool) (x *index.Index, order []layerstore.Range) {
+	err := f.o.Source.Told(ctx, t.Ref, desc, func(b []byte) error {
+		if err := enter(ctx, f.words); err != nil {
+			return err
+		}
+		defer func() { <-f.words }()
+		y, o, err := toldOf(b, t, desc)
+		switch {
+		case err != nil:
+			return err
+		case wanted && y == nil:
+			order = o // of use, whoever has the index
+			return errors.New("there is no index in it")
+		}
+		order = o
+		if wanted {
+			x = y
+		}
+		return nil
+	})
+	if err != nil {
+		f.log.Debug("no other node told of the layer", "digest", t.Layer, "image", t.Ref, "error", err)
+	}
+	return x, order
+}
