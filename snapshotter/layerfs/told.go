@@ -57,18 +57,14 @@ func (f *FileSystem) Tell(ctx context.Context, d digest.Digest) ([]byte, error) 
 		return nil, err
 	}
 	b = append(b, '\n')
-	x, err := h.Index()
-	if err != nil {
-		return nil, err
-	}
-	text, err := published.Encode(x)
-	if errors.Is(err, published.ErrInvalid) { // of a table of contents, which the other node has as well
+	if h.DiffID() == "" { // made of a table of contents, which the other node has as well
 		return b, nil
 	}
+	text, err := h.IndexText()
 	if err != nil {
 		return nil, err
 	}
-	return append(b, text.Text...), nil
+	return append(b, text...), nil
 }
 
 // toldOf takes apart what another node says of a layer. The index is nil when it says none.

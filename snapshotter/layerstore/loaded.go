@@ -97,7 +97,27 @@ func (h *Layer) Index() (*index.Index, error) {
 	return h.l.readIndex(dir)
 }
 
+// IndexText is the same as index.Encode wrote it.
+func (h *Layer) IndexText() ([]byte, error) {
+	h.l.mu.Lock()
+	dir := h.l.dir
+	h.l.mu.Unlock()
+	return h.l.readIndexText(dir)
+}
+
 func (l *layer) readIndex(dir string) (*index.Index, error) {
+	b, err := l.readIndexText(dir)
+	if err != nil {
+		return nil, err
+	}
+	x, err := index.Decode(bytes.NewReader(b))
+	if err != nil {
+		return nil, fmt.Errorf("the index of layer %s: %w", l.info.Blob, err)
+	}
+	return x, nil
+}
+
+func (l *layer) readIndexText(dir string) ([]byte, error) {
 	b, err := readBounded(filepath.Join(dir, fileIndex), l.info.IndexSize)
 	if err != nil {
 		return nil, fmt.Errorf("the index of layer %s: %w", l.info.Blob, err)
@@ -105,9 +125,5 @@ func (l *layer) readIndex(dir string) (*index.Index, error) {
 	if got := digest.FromBytes(b); got != l.info.IndexSum {
 		return nil, fmt.Errorf("the index of layer %s on disk was altered: it has the digest %s, not %s", l.info.Blob, got, l.info.IndexSum)
 	}
-	x, err := index.Decode(bytes.NewReader(b))
-	if err != nil {
-		return nil, fmt.Errorf("the index of layer %s: %w", l.info.Blob, err)
-	}
-	return x, nil
+	return b, nil
 }
