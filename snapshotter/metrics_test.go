@@ -76,7 +76,7 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	// One series each, and two histograms with their buckets, sum and count.
-	if want := 25 + 2*(len(fetcher.DemandBuckets)+3); ours != want {
+	if want := 24 + 2*(len(fetcher.DemandBuckets)+3); ours != want {
 		t.Errorf("%d series, want %d", ours, want)
 	}
 	if !strings.Contains(string(body), "go_goroutines") {
@@ -103,7 +103,7 @@ func TestMetricNames(t *testing.T) {
 			t.Errorf("%s is a %s: %q", name, kind, f.GetHelp())
 		}
 	}
-	if len(ch) < 25 {
+	if len(ch) < 24 {
 		t.Errorf("%d metrics", len(ch))
 	}
 }
