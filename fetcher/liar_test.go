@@ -377,7 +377,7 @@ func TestForgedServersAreToldNothing(t *testing.T) {
 }
 
 // TestWrongPiecesWithRegistry: a member that sends other bytes than it signed for is
-// found out by the first piece, by BitTorrent and by ranged reads; nobody else gets
+// found out by the first piece, in bulk and by a read that waits; nobody else gets
 // such a piece from who got it.
 func TestWrongPiecesWithRegistry(t *testing.T) {
 	r := newRegistry(t)
