@@ -102,8 +102,9 @@ type counting struct {
 }
 
 func (c counting) Write(p []byte) (int, error) {
+	c.r.served.Add(int64(len(p))) // before: who has the last byte may look at once
 	n, err := c.ResponseWriter.Write(p)
-	c.r.served.Add(int64(n))
+	c.r.served.Add(int64(n - len(p)))
 	if rate := c.r.rate.Load(); rate > 0 {
 		time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
 	}
