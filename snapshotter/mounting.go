@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"golang.org/x/sys/unix"
 
 	"github.com/docker-quay/docker-quay/snapshotter/erofs"
 	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
@@ -30,6 +32,13 @@ const (
 	mostQuiet  = 24 * time.Hour
 )
 
+const (
+	// maxSocket is the longest path of the keeper's socket: sun_path of unix(7), less what it is called while it is made.
+	maxSocket = 106
+	// probeAge is when a probe counts as left behind; it takes some ten milliseconds.
+	probeAge = time.Minute
+)
+
 // The arguments with which the daemon runs itself for its helper processes.
 const (
 	KeeperCommand  = "keeper"  // followed by the socket
@@ -42,8 +51,8 @@ type chosen struct {
 	loop     bool
 }
 
-// chooseMount finds the way to mount layers that lie in dir. self is the daemon's own program.
-func chooseMount(want, dir, self string) (chosen, error) {
+// chooseMount finds the way to mount layers that lie in dir. self is the daemon's own program, socket will be the keeper's.
+func chooseMount(want, dir, self, socket string) (chosen, error) {
 	if want == MountFUSE {
 		return chosen{way: MountFUSE, why: "lazy.mount says so"}, nil
 	}
@@ -53,15 +62,16 @@ func chooseMount(want, dir, self string) (chosen, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return chosen{}, fmt.Errorf("the folder of the layers cannot be made: %w", err)
 	}
-	xattr, err := overlayutils.NeedsUserXAttr(dir)
-	if err == nil && xattr {
-		err = fmt.Errorf("overlayfs is mounted with userxattr here, which EROFS images for it have not")
-		if want == MountEROFS {
-			return chosen{}, fmt.Errorf("lazy.mount = %q does not work: %w", want, err)
-		}
-		return chosen{way: MountFUSE, why: err.Error()}, nil
+	support, why := erofs.None, error(nil)
+	switch xattr, err := overlayutils.NeedsUserXAttr(dir); {
+	case err == nil && xattr:
+		why = errors.New("overlayfs is mounted with userxattr here, for which layers would need other images")
+	case len(socket) > maxSocket:
+		why = fmt.Errorf("the keeper's socket %s has a path of more than %d bytes; set a shorter state", socket, maxSocket)
+	default:
+		removeProbes(dir)
+		support, why = erofs.Probe(dir)
 	}
-	support, why := erofs.Probe(dir)
 	switch {
 	case support == erofs.FileBacked:
 		return chosen{way: MountEROFS, why: "the kernel mounts it from files"}, nil
@@ -73,6 +83,21 @@ func chooseMount(want, dir, self string) (chosen, error) {
 	return chosen{way: MountFUSE, why: why.Error()}, nil
 }
 
+// removeProbes clears away what a daemon left that was killed while it probed.
+func removeProbes(dir string) {
+	left, _ := filepath.Glob(filepath.Join(dir, "erofs-probe-*"))
+	for _, path := range left {
+		// One that is younger may be another daemon's that is about to find out that it is the second.
+		if i, err := os.Lstat(path); err != nil || time.Since(i.ModTime()) < probeAge {
+			continue
+		}
+		for _, sub := range []string{"overlay", "mnt"} {
+			_ = unix.Unmount(filepath.Join(path, sub), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		}
+		_ = os.RemoveAll(path)
+	}
+}
+
 // mounting makes the way of cfg.
 func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 	root := filepath.Join(cfg.Root, "snapshotter")
@@ -82,7 +107,7 @@ func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 	if !cfg.Snapshotter.Lazy || deps.Layers == nil {
 		return Mounting{First: abandon}, chosen{way: "unpack", why: "snapshotter.lazy is off"}, nil
 	}
-	c, err := chooseMount(cfg.Lazy.Mount, layers, deps.Self)
+	c, err := chooseMount(cfg.Lazy.Mount, layers, deps.Self, socket)
 	if err != nil {
 		return Mounting{}, c, err
 	}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -240,5 +241,64 @@ func TestConnectWithoutRoomLeavesNothing(t *testing.T) {
 	}
 	if s, err := mounted(mountOf(dir)); s != "" || err != nil {
 		t.Errorf("the mount %s is left, %v", s, err)
+	}
+}
+
+// counted counts who has it open.
+type counted struct {
+	pattern
+	opened, released atomic.Int64
+}
+
+func (c *counted) Opened()   { c.opened.Add(1) }
+func (c *counted) Released() { c.released.Add(1) }
+
+// A File is told of each that opens it before that goes on, and of each end; an EROFS has its device open until its last user
+// is gone, though its mount went without being busy.
+func TestCounted(t *testing.T) {
+	r := newRig(t)
+	dev, _, err := Connect(t.Context(), r.store(), mountOf(r.dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(dev, Options{})
+	dev.Close()
+	done := make(chan error, 1)
+	ctx, stop := context.WithCancel(t.Context())
+	go func() { done <- s.Run(ctx) }()
+	f := &counted{pattern: pattern{seed: 2, size: 1 << 20, now: true}}
+	if err := s.Add(2, "f", f); err != nil {
+		t.Fatal(err)
+	}
+	counts := func(opened, released int64) {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			if f.opened.Load() == opened && f.released.Load() == released {
+				return
+			}
+		}
+		t.Errorf("opened %d times and released %d, want %d and %d", f.opened.Load(), f.released.Load(), opened, released)
+	}
+	data := erofsOver(t, filepath.Join(mountOf(r.dir), "f"), 1<<20, "")
+	counts(1, 0)
+	merged := t.TempDir()
+	if err := unix.Mount("overlay", merged, "overlay", unix.MS_RDONLY, "lowerdir="+filepath.Dir(data)+":"+t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unmount(filepath.Dir(data), 0); err != nil {
+		t.Errorf("the mount below an overlay is busy: %v", err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	counts(1, 0)
+	if err := unix.Unmount(merged, 0); err != nil {
+		t.Fatal(err)
+	}
+	counts(1, 1)
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
 	}
 }

@@ -147,3 +147,19 @@ func TestStartFails(t *testing.T) {
 		t.Errorf("with a keeper that cannot make its socket: %v", err)
 	}
 }
+
+// TestEnd: the keeper ends when it is told to, and to end none is no error.
+func TestEnd(t *testing.T) {
+	path, argv := startRig(t)
+	if err := Start(t.Context(), path, argv); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := End(t.Context(), path); err != nil {
+			t.Fatal(err)
+		}
+		if p := pid(t, path); p != 0 {
+			t.Errorf("process %d is the keeper still", p)
+		}
+	}
+}

@@ -164,11 +164,12 @@ type mounter struct {
 	waiting map[uint64]chan answer
 	last    uint64
 	closed  bool
+	over    chan struct{} // closed when nothing is waited for any more
 	wg      sync.WaitGroup
 }
 
 func newMounter(argv []string) *mounter {
-	return &mounter{argv: argv, waiting: map[uint64]chan answer{}}
+	return &mounter{argv: argv, waiting: map[uint64]chan answer{}, over: make(chan struct{})}
 }
 
 // do has an order done. When that takes longer than it may, what comes of it is undone.
@@ -185,6 +186,8 @@ func (m *mounter) do(o order) (answer, error) {
 			return a, errors.New(a.Err)
 		}
 		return a, nil
+	case <-m.over:
+		return answer{}, errClosed
 	case <-timer.C:
 	}
 	if o.Op == opMount {
@@ -287,4 +290,5 @@ func (m *mounter) close() {
 	case <-done:
 	case <-timer.C:
 	}
+	close(m.over)
 }

@@ -8,6 +8,8 @@
 //     without credentials, pull and run it, pull it again with the registry away, give
 //     it to a node that cannot reach the registry's blobs;
 //   - lazy_test.go: containers that start before their image is there, and the mirror;
+//   - layers_test.go: images that the daemon unpacks, and that what is mounted is what containerd
+//     would unpack; storm_test.go: containers that read while the daemon is killed;
 //   - crash_test.go: kill -9 and Ctrl-C, and what the next pull then fetches;
 //   - hostile_test.go: registries and peers that misbehave, and strangers;
 //   - cli_test.go: what a person or a program sees of docker quay;

@@ -222,10 +222,17 @@ func TestDockerOverlayfs(t *testing.T) {
 	saves(w, last, w.registry.Ref("team/app:1"), img)
 }
 
-// TestDockerQuay: Docker Engine 29 with our snapshotter as its storage driver.
+// TestDockerQuay: Docker Engine 29 with our snapshotter as its storage driver, with layers that are mounted before they are
+// there, and such that the daemon unpacks.
 func TestDockerQuay(t *testing.T) {
+	for _, f := range []image.Format{image.EStargz, image.Gzip} {
+		t.Run(f.String(), func(t *testing.T) { dockerQuay(t, f) })
+	}
+}
+
+func dockerQuay(t *testing.T, f image.Format) {
 	w := newWorld(t, 2, private)
-	img, err := image.Busybox(w.ctx, rig.ImageDir(), image.EStargz)
+	img, err := image.Busybox(w.ctx, rig.ImageDir(), f)
 	w.must(err)
 	var last runtime
 	round(w, img, greeting, img.Manifest.Digest, func(n *rig.Node, peers ...*rig.Node) runtime {
