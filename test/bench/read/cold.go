@@ -19,6 +19,7 @@ const extras = 1 << 10
 type coldReader struct {
 	name       string
 	kind       candidate.Candidate
+	eager      bool // has everything when the pull ends
 	pull, read bench.Series
 	before     bench.Series
 	bytes      int64 // of files
@@ -38,9 +39,9 @@ func cold(ctx context.Context, r *rig.Rig, p picture, o options) (rows []row, er
 		return nil, err
 	}
 	readers := []*coldReader{
-		{name: "ext4", kind: candidate.Overlayfs()},
+		{name: "ext4", kind: candidate.Overlayfs(), eager: true},
 		{name: "stargz", kind: candidate.Stargz()},
-		{name: "quay-eager", kind: candidate.Quay{Config: o.config}},
+		{name: "quay-eager", kind: candidate.Quay{Config: o.config}, eager: true},
 		{name: "quay-lazy", kind: candidate.Quay{Lazy: true, Config: o.config}},
 	}
 	runs := o.runs
@@ -63,8 +64,8 @@ func cold(ctx context.Context, r *rig.Rig, p picture, o options) (rows []row, er
 	}
 	var eager float64
 	for _, r := range readers {
-		if r.name == "quay-eager" {
-			eager = r.pull.Median()
+		if pull := r.pull.Median(); r.eager && pull > 0 && (eager == 0 || pull < eager) {
+			eager = pull
 		}
 	}
 	for _, r := range readers {

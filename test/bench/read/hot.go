@@ -22,7 +22,7 @@ type reader struct {
 	machine        *candidate.Machine
 	files, program *candidate.Mounted
 	turns          []figures
-	cpu            time.Duration // of the daemon, in all turns
+	cpu, elapsed   time.Duration // of the daemon, in all turns, and how long they took
 	failed         bool
 }
 
@@ -162,6 +162,7 @@ func (r *reader) read(ctx context.Context, p picture, counts bool) error {
 	if err != nil {
 		return err
 	}
+	begun := time.Now()
 	f, err := readHot(ctx, r.files.Dir, r.program.Dir, p)
 	if err != nil {
 		return err
@@ -172,12 +173,13 @@ func (r *reader) read(ctx context.Context, p picture, counts bool) error {
 	}
 	r.turns = append(r.turns, f)
 	r.cpu += after.CPU - before.CPU
+	r.elapsed += time.Since(begun)
 	return nil
 }
 
 // row compares with ext4, turn by turn.
 func (r *reader) row(ext4 *reader) row {
-	out := row{Candidate: r.name, State: "hot", Runs: len(r.turns), DaemonCPU: r.cpu.Seconds(), OK: !r.failed && len(r.turns) > 0}
+	out := row{Candidate: r.name, State: "hot", Runs: len(r.turns), DaemonCPU: r.cpu.Seconds(), Elapsed: r.elapsed.Seconds(), OK: !r.failed && len(r.turns) > 0}
 	if r.files != nil {
 		out.On = r.files.On
 	}

@@ -26,7 +26,7 @@ func TestVerdict(t *testing.T) {
 	good := []row{
 		{Candidate: "ext4", State: "hot", OK: true},
 		{Candidate: "quay-lazy", State: "hot", SpeedSeq: 0.9, SpeedRand: 0.95, SpeedStat: 1.2, SpeedSmall: 1, DaemonCPU: 3, OK: true},
-		{Candidate: "quay-complete", State: "hot", SpeedSeq: 1, SpeedRand: 0.95, SpeedStat: 1, SpeedSmall: 1, OK: true},
+		{Candidate: "quay-complete", State: "hot", SpeedSeq: 1, SpeedRand: 0.95, SpeedStat: 1, SpeedSmall: 1, DaemonCPU: 0.01, Elapsed: 1, OK: true},
 		{Candidate: "quay-lazy", State: "cold", ToEager: 1.1, OK: true},
 	}
 	for _, c := range []struct {
@@ -37,7 +37,7 @@ func TestVerdict(t *testing.T) {
 	}{
 		{"good", func([]row) {}, true, 0},
 		{"slow", func(r []row) { r[1].SpeedStat = 0.8 }, true, 1},
-		{"busy", func(r []row) { r[2].DaemonCPU = 0.01 }, true, 1},
+		{"busy", func(r []row) { r[2].DaemonCPU = 0.02 }, true, 1},
 		{"late", func(r []row) { r[3].ToEager = 1.2 }, true, 1},
 		{"failed", func(r []row) { r[2].OK = false }, false, 1},
 	} {
