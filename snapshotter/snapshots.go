@@ -186,11 +186,17 @@ func (s *Snapshots) Prepare(ctx context.Context, key, parent string, opts ...sna
 	if s.layers != nil {
 		// Here and not in Mount, during which the library has a transaction open. When the layer does
 		// not come, containerd unpacks it.
-		if done, err := s.layers.Bring(ctx, base.Labels, parent == ""); err == nil {
-			defer done()
-		} else if ctx.Err() != nil {
-			return nil, err
-		} else {
+		b, err := s.layers.Bring(ctx, base.Labels)
+		if err == nil {
+			defer b.Close()
+			if b.Implicit() && parent != "" {
+				ctx, err = s.withParents(ctx, key, parent)
+			}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case err != nil:
 			return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutTarget)...)
 		}
 	}
@@ -204,6 +210,28 @@ func (s *Snapshots) Prepare(ctx context.Context, key, parent string, opts ...sna
 		}
 	}
 	return nil, err
+}
+
+// withParents tells the file system where the layers below are, by what a view of them would be mounted from.
+func (s *Snapshots) withParents(ctx context.Context, key, parent string) (context.Context, error) {
+	view := "parents of " + key
+	m, err := s.Snapshotter.View(ctx, view, parent)
+	if err != nil {
+		return ctx, err
+	}
+	if err := s.Snapshotter.Remove(ctx, view); err != nil {
+		return ctx, err
+	}
+	if len(m) != 1 {
+		return ctx, fmt.Errorf("a view of %s has %d mounts", parent, len(m))
+	}
+	parents := []string{m[0].Source} // a bind mount, of one layer
+	for _, o := range m[0].Options {
+		if lowers, ok := strings.CutPrefix(o, "lowerdir="); ok {
+			parents = strings.Split(lowers, ":")
+		}
+	}
+	return layerfs.WithParents(ctx, parents), nil
 }
 
 // withoutTarget has a layer unpacked by containerd.

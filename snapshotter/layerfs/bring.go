@@ -23,9 +23,6 @@ const (
 	pullIdle = 2 * time.Minute
 )
 
-// ErrImplicit says that a layer leaves out directories that the layers below it have.
-var ErrImplicit = errors.New("the layer leaves out directories whose attributes are those of the layer below")
-
 // pull is an image whose layers are asked for.
 type pull struct {
 	ctx    context.Context
@@ -45,10 +42,21 @@ type job struct {
 	err    error
 }
 
+// Brought is a layer in the store, which stays there until Close at least.
+type Brought struct {
+	f *FileSystem
+	s *served
+}
+
+// Implicit tells that Mount has to know the folders of the layers below (WithParents), unless there are none.
+func (b *Brought) Implicit() bool { return b.s.h.Implicit() }
+
+// Close lets go of the layer.
+func (b *Brought) Close() { b.f.release(b.s, false) }
+
 // Bring has the layer that the labels name in the store when it returns, and the image's layers above
-// it on their way there. bottom says that it is the lowest of its image. The layer stays until done
-// was called, at least.
-func (f *FileSystem) Bring(ctx context.Context, labels map[string]string, bottom bool) (done func(), err error) {
+// it on their way there.
+func (f *FileSystem) Bring(ctx context.Context, labels map[string]string) (*Brought, error) {
 	begun := time.Now()
 	t, err := lazy.ParseLabels(labels)
 	if err != nil {
@@ -56,13 +64,13 @@ func (f *FileSystem) Bring(ctx context.Context, labels map[string]string, bottom
 		return nil, err
 	}
 	line := f.log.With("digest", t.Layer, "image", t.Ref)
-	s, j, err := f.bring(ctx, t, bottom)
+	s, j, err := f.bring(ctx, t)
 	var not index.ErrNotIndexable
 	switch {
 	case err == nil:
 		line.Info("layer", "served", j.served, "why", j.why, "took", time.Since(begun).Round(time.Millisecond))
-		return func() { f.release(s, false) }, nil
-	case errors.As(err, &not), errors.Is(err, ErrImplicit):
+		return &Brought{f, s}, nil
+	case errors.As(err, &not):
 		line.Info("layer", "served", "unpack", "why", err.Error())
 	default:
 		line.Warn("layer", "served", "unpack", "why", err.Error(), "took", time.Since(begun).Round(time.Millisecond))
@@ -70,7 +78,7 @@ func (f *FileSystem) Bring(ctx context.Context, labels map[string]string, bottom
 	return nil, err
 }
 
-func (f *FileSystem) bring(ctx context.Context, t lazy.Target, bottom bool) (*served, *job, error) {
+func (f *FileSystem) bring(ctx context.Context, t lazy.Target) (*served, *job, error) {
 	if f.o.Source == nil {
 		return nil, nil, lazy.ErrOff
 	}
@@ -90,7 +98,7 @@ func (f *FileSystem) bring(ctx context.Context, t lazy.Target, bottom bool) (*se
 			n := lazy.Target{Ref: t.Ref, Manifest: t.Manifest, Layer: d}
 			f.start(p, n)
 		}
-		s, err := f.await(ctx, j, t, bottom)
+		s, err := f.await(ctx, j, t)
 		f.leave(t, p, j, err)
 		if errors.Is(err, context.Canceled) && ctx.Err() == nil && f.ctx.Err() == nil {
 			continue // the other pull of this layer was given up, not this one
@@ -100,7 +108,7 @@ func (f *FileSystem) bring(ctx context.Context, t lazy.Target, bottom bool) (*se
 }
 
 // await waits for a job, and gives its layer.
-func (f *FileSystem) await(ctx context.Context, j *job, t lazy.Target, bottom bool) (*served, error) {
+func (f *FileSystem) await(ctx context.Context, j *job, t lazy.Target) (*served, error) {
 	select {
 	case <-j.done:
 	case <-ctx.Done():
@@ -113,15 +121,9 @@ func (f *FileSystem) await(ctx context.Context, j *job, t lazy.Target, bottom bo
 	if err != nil {
 		return nil, err
 	}
-	switch have := s.h.DiffID(); {
-	case have != "" && t.DiffID != "" && have != t.DiffID:
-		err = fmt.Errorf("the layer's diff ID is %s, its image's configuration says %s", have, t.DiffID)
-	case s.h.Implicit() && !bottom:
-		err = ErrImplicit
-	}
-	if err != nil {
+	if have := s.h.DiffID(); have != "" && t.DiffID != "" && have != t.DiffID {
 		f.release(s, false)
-		return nil, err
+		return nil, fmt.Errorf("the layer's diff ID is %s, its image's configuration says %s", have, t.DiffID)
 	}
 	return s, nil
 }

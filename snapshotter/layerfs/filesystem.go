@@ -101,6 +101,12 @@ func (f *FileSystem) Mount(ctx context.Context, at string, labels map[string]str
 	if err != nil {
 		return err
 	}
+	if parents, ok := ctx.Value(parentsKey{}).([]string); ok && s.h.Implicit() {
+		if err := f.inherit(at, s, parents); err != nil {
+			f.release(s, false)
+			return err
+		}
+	}
 	return f.attach(p, at, s)
 }
 
@@ -138,7 +144,7 @@ func (f *FileSystem) attach(p *place, at string, s *served) error {
 }
 
 func (f *FileSystem) mount(at string, s *served, k kind) error {
-	o := order{Op: opMount, At: at, Meta: s.h.MetaPath(), Data: s.h.DataPath(), Loop: f.o.Loop}
+	o := order{Op: opMount, At: at, Meta: f.metaOf(at, s), Data: s.h.DataPath(), Loop: f.o.Loop}
 	if k == kindBlobs {
 		if err := f.offer(s); err != nil {
 			return err
@@ -180,12 +186,11 @@ func (f *FileSystem) remount(ctx context.Context, p *place, at string, labels ma
 	}
 	s, err := f.acquire(t)
 	if errors.Is(err, layerstore.ErrNotFound) {
-		var done func()
-		// Whether its directories are all its own was judged when it was prepared.
-		if done, err = f.Bring(ctx, labels, true); err != nil {
-			return err
+		b, berr := f.Bring(ctx, labels)
+		if berr != nil {
+			return berr
 		}
-		defer done()
+		defer b.Close()
 		s, err = f.acquire(t)
 	}
 	if err != nil {
@@ -214,7 +219,11 @@ func (f *FileSystem) Unmount(ctx context.Context, at string) error {
 		return err
 	}
 	defer leave()
-	return f.detach(p, at)
+	if err := f.detach(p, at); err != nil {
+		return err
+	}
+	_ = os.Remove(f.ownMeta(at))
+	return nil
 }
 
 // detach unmounts what is on at. The caller is in p.

@@ -178,7 +178,7 @@ func (f *FileSystem) promoteOne(ctx context.Context, s *served, at string) error
 	if !ours || ctx.Err() != nil {
 		return nil
 	}
-	_, err = f.mounter.do(order{Op: opReplace, At: at, Meta: s.h.MetaPath(), Data: s.h.DataPath(), Loop: f.o.Loop})
+	_, err = f.mounter.do(order{Op: opReplace, At: at, Meta: f.metaOf(at, s), Data: s.h.DataPath(), Loop: f.o.Loop})
 	if err != nil {
 		return err
 	}

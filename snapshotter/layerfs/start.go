@@ -35,7 +35,7 @@ func New(ctx context.Context, o Options) (_ *FileSystem, err error) {
 	if o.Quiet <= 0 {
 		o.Quiet = quiet
 	}
-	for _, dir := range []string{dirMounts, dirOpens, dirClaims} {
+	for _, dir := range []string{dirMounts, dirOpens, dirClaims, dirMetas} {
 		if err := os.MkdirAll(filepath.Join(o.State, dir), 0o700); err != nil {
 			return nil, fmt.Errorf("the folder of the layers' mounts cannot be made: %w", err)
 		}
