@@ -128,7 +128,7 @@ func DefaultConfig() Config {
 		Root:        "/var/lib/quay",
 		State:       "/run/quay",
 		Snapshotter: SnapshotterConfig{Socket: "/run/quay/snapshotter.sock", Lazy: true},
-		Lazy:        LazyConfig{Mount: MountAuto, Quiet: Duration(2 * time.Second)},
+		Lazy:        LazyConfig{Mount: MountAuto, Quiet: Duration(5 * time.Second)},
 		Peers: PeersConfig{
 			SecretFile: "/etc/quay/cluster.secret",
 			Listen:     "0.0.0.0",

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -21,6 +22,8 @@ const (
 	// pullIdle is how long what a pull began goes on without it: containerd comes for the next
 	// layer within milliseconds, and for one that it unpacks itself within minutes at most.
 	pullIdle = 2 * time.Minute
+	// goneWithin is how long a layer may take to leave after its image was removed.
+	goneWithin = 2 * time.Second
 )
 
 // pull is an image whose layers are asked for.
@@ -82,26 +85,30 @@ func (f *FileSystem) bring(ctx context.Context, t lazy.Target) (*served, *job, e
 	if f.o.Source == nil {
 		return nil, nil, lazy.ErrOff
 	}
-	if err := f.forged(t.Layer); err != nil {
-		// Without its former layer it comes in another way.
-		if h, gerr := f.store.Get(t.Layer); gerr == nil {
-			return nil, nil, errors.Join(err, h.Close())
+	// Without its former layer, which goes a moment after its last mount, it comes in another way.
+	for end := time.Now().Add(goneWithin); f.forged(t.Layer) != nil && slices.Contains(f.store.Layers(), t.Layer); {
+		if err := sleep(ctx, goneWithin/100); err != nil || time.Now().After(end) {
+			return nil, nil, errors.Join(f.forged(t.Layer), err)
 		}
 	}
-	for {
+	for again := true; ; {
 		p, err := f.join(t)
 		if err != nil {
 			return nil, nil, err
 		}
-		j := f.start(p, t)
+		j := f.start(p, t, true)
 		for _, d := range t.Neighbours {
 			n := lazy.Target{Ref: t.Ref, Manifest: t.Manifest, Layer: d}
-			f.start(p, n)
+			f.start(p, n, false)
 		}
 		s, err := f.await(ctx, j, t)
 		f.leave(t, p, j, err)
-		if errors.Is(err, context.Canceled) && ctx.Err() == nil && f.ctx.Err() == nil {
+		switch {
+		case errors.Is(err, context.Canceled) && ctx.Err() == nil && f.ctx.Err() == nil:
 			continue // the other pull of this layer was given up, not this one
+		case errors.Is(err, layerstore.ErrNotFound) && again:
+			again = false // it came, and was evicted before it was asked for
+			continue
 		}
 		return s, j, err
 	}
@@ -152,17 +159,12 @@ func (f *FileSystem) join(t lazy.Target) (*pull, error) {
 
 func pullKey(t lazy.Target) string { return t.Ref + " " + t.Manifest.String() }
 
-// leave counts it out. What failed is tried again by who comes next, unless it would fail again.
+// leave counts it out. A job whose layer is gone since counts no more.
 func (f *FileSystem) leave(t lazy.Target, p *pull, j *job, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var not index.ErrNotIndexable
-	select {
-	case <-j.done:
-		if !errors.As(err, &not) && p.jobs[t.Layer] == j {
-			delete(p.jobs, t.Layer)
-		}
-	default:
+	if errors.Is(err, layerstore.ErrNotFound) && p.jobs[t.Layer] == j {
+		delete(p.jobs, t.Layer)
 	}
 	if p.users--; p.users > 0 || f.closed {
 		return
@@ -177,11 +179,12 @@ func (f *FileSystem) leave(t lazy.Target, p *pull, j *job, err error) {
 	})
 }
 
-// start begins to bring a layer, if nobody has begun.
-func (f *FileSystem) start(p *pull, t lazy.Target) *job {
+// start begins to bring a layer, if nobody has begun. A failure counts only for who looks ahead, unless it would be the
+// same again: it may have been a while ago.
+func (f *FileSystem) start(p *pull, t lazy.Target, now bool) *job {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if j := p.jobs[t.Layer]; j != nil {
+	if j := p.jobs[t.Layer]; j != nil && (!now || !j.failed()) {
 		return j
 	}
 	j := &job{done: make(chan struct{})}
@@ -196,6 +199,17 @@ func (f *FileSystem) start(p *pull, t lazy.Target) *job {
 		close(j.done)
 	})
 	return j
+}
+
+// failed tells that the job has failed, and another may not.
+func (j *job) failed() bool {
+	select {
+	case <-j.done:
+		var not index.ErrNotIndexable
+		return j.err != nil && !errors.As(j.err, &not)
+	default:
+		return false
+	}
 }
 
 // get gets a layer into the store.

@@ -51,7 +51,8 @@ type FileSystem struct {
 	mounter *mounter
 	unpack  chan struct{} // holds one for each layer that is unpacked
 	look    chan struct{} // the same, whose index is looked for
-	fill    chan struct{} // the same, that is filled in the background
+	fill    chan struct{} // the same, that is fetched in the background
+	decode  chan struct{} // the same, that is decoded in the background
 	words   chan struct{} // holds one while an index of or for another node is in memory
 
 	ctx    context.Context // ends with Close

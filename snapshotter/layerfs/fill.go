@@ -10,13 +10,13 @@ import (
 )
 
 const (
-	// quiet is how long nobody may have waited for a layer's bytes before all of it is fetched: the
-	// starts of a process are further apart than its reads.
-	quiet = 2 * time.Second
+	// quiet is how long no container may have waited for bytes before a layer is fetched as a whole. On a busy machine
+	// two reads of a program that starts are seconds apart.
+	quiet = 5 * time.Second
 	// quietMost is when it is fetched all the same: who reads all the time is helped by that.
-	quietMost = 30 * time.Second
-	// fillers is how many layers are filled at once: enough for a link that one registry
-	// connection does not fill, few enough that layers become complete one after another.
+	quietMost = time.Minute
+	// fillers is how many layers are fetched in the background at once: enough for a link that one
+	// registry connection does not fill, few enough that layers become complete one after another.
 	fillers = 3
 	// refillLeast and refillMost bound the wait before the next try.
 	refillLeast = 5 * time.Second
@@ -93,7 +93,7 @@ func (f *FileSystem) complete(ctx context.Context, s *served) error {
 	if s.h.Completed() && !f.claimed(s.digest) {
 		return nil
 	}
-	if err := f.awaitQuiet(ctx, s); err != nil {
+	if err := f.awaitQuiet(ctx); err != nil {
 		return err
 	}
 	if err := enter(ctx, f.fill); err != nil {
@@ -111,6 +111,11 @@ func (f *FileSystem) complete(ctx context.Context, s *served) error {
 	if err := blob.Wait(ctx); err != nil {
 		return err
 	}
+	// One layer at a time is decoded: containers are not to find the cores taken.
+	if err := enter(ctx, f.decode); err != nil {
+		return err
+	}
+	defer func() { <-f.decode }()
 	if err := s.h.Complete(ctx); err != nil {
 		return err
 	}
@@ -132,20 +137,19 @@ func enter(ctx context.Context, places chan struct{}) error {
 	}
 }
 
-// awaitQuiet returns when nobody has waited for bytes of the layer for a while.
-func (f *FileSystem) awaitQuiet(ctx context.Context, s *served) error {
+// awaitQuiet returns when no container has waited for bytes for a while, of whatever layer: the link is theirs first.
+func (f *FileSystem) awaitQuiet(ctx context.Context) error {
 	end := time.Now().Add(max(quietMost, f.o.Quiet))
-	for waits := int64(-1); time.Now().Before(end); {
-		now := s.h.Stats().Waits
-		if now == waits {
-			return nil
-		}
-		waits = now
+	for {
+		before := f.link.server.Stats()
 		if err := sleep(ctx, f.o.Quiet); err != nil {
 			return err
 		}
+		now := f.link.server.Stats()
+		if now.Waited == before.Waited && now.Waiting == 0 || time.Now().After(end) {
+			return nil
+		}
 	}
-	return nil
 }
 
 // promote replaces the mounts of a complete layer that read from blobfs by such that read the file.

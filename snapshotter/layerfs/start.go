@@ -54,7 +54,8 @@ func New(ctx context.Context, o Options) (_ *FileSystem, err error) {
 	f := &FileSystem{
 		o: o, log: o.Log, store: st, link: l, mounter: newMounter(o.Mounter),
 		unpack: make(chan struct{}, min(runtime.GOMAXPROCS(0), unpackers)),
-		look:   make(chan struct{}, lookers), fill: make(chan struct{}, fillers), words: make(chan struct{}, 1),
+		look:   make(chan struct{}, lookers), fill: make(chan struct{}, fillers), decode: make(chan struct{}, 1),
+		words:  make(chan struct{}, 1),
 		places: map[string]*place{}, served: map[digest.Digest]*served{}, pulls: map[string]*pull{},
 	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
