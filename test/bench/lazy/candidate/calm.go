@@ -12,9 +12,9 @@ const (
 	settle = time.Second
 	// memory is about what a pull and its page cache take.
 	memory = 1 << 30
-	// quiet is how long a link must have brought nothing to count as done. The stargz snapshotter begins with what nobody asked for
-	// when nobody has asked for 5 s.
-	quiet = 7 * time.Second
+	// quiet is how long a link must have brought nothing to count as done. Both lazy snapshotters begin with what nobody asked for
+	// when nobody has asked for anything for 5 s.
+	quiet = 8 * time.Second
 	// stillWithin bounds the wait for that.
 	stillWithin = 2 * time.Minute
 	// lookEvery is how often the link is looked at.
