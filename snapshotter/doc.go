@@ -3,7 +3,8 @@
 // everything that runs on a node.
 //
 //	Config        what /etc/quay/config.toml says
-//	OpenSnapshots the snapshotter: overlayfs, with layers mounted by package lazy
+//	OpenSnapshots the snapshotter: overlayfs, with layers mounted by package layerfs (EROFS) or,
+//	              on kernels that cannot, by package lazy (FUSE trees)
 //	Server        the snapshots API over it, on a socket
 //	Node          fetcher, mirror and node API (node.go)
 //	Run           all of them together, until a signal
@@ -11,7 +12,7 @@
 // The snapshotter keeps its state in <root>/snapshotter: metadata.db, one folder for each
 // snapshot, and a lock that a second daemon on the same folder stumbles over.
 //
-// It promises that a start never fails over a single snapshot: lazy mounts of the
-// former daemon are made again side by side while the API is already
+// It promises that a start never fails over a single snapshot: mounts of the
+// former daemon are taken over or made again side by side while the API is already
 // served, and one that cannot be made is tried again each time containerd asks for it.
 package snapshotter

@@ -24,16 +24,20 @@ func demo(t *testing.T, f image.Format) *image.Image {
 
 const demoGreeting = "hello from python 3"
 
-// TestLazy: with layers that have a table of contents a container prints while less than half of its image is on the node.
-// Completed later, the image can be exported, and little of it was fetched twice.
+// TestLazy: with layers that have a table of contents, or an index that somebody published, a container prints while less than
+// half of its image is on the node. Completed later, the image can be exported, and little of it was fetched twice.
 func TestLazy(t *testing.T) {
-	for _, f := range []image.Format{image.EStargz, image.ZstdChunked} {
+	for _, f := range []image.Format{image.EStargz, image.ZstdChunked, image.Gzip} {
 		t.Run(f.String(), func(t *testing.T) {
 			img := demo(t, f)
 			w := newWorld(t, 1, private)
 			ref := w.push(img, "demo", f.String())
 			n := w.network.Node(1)
 			d := w.daemon(n, daemonOptions{})
+			if f == image.Gzip {
+				d.needsEROFS()
+				w.publishIndex(ref)
+			}
 			c := w.containerd(n, d)
 			r := containerdRuntime(w.user(n).uses(d), c, "quay")
 			r.login()
@@ -68,6 +72,17 @@ func TestLazy(t *testing.T) {
 			}
 		})
 	}
+}
+
+// publishIndex is the last step of a build, on the registry's own machine: `docker quay index`.
+func (w *world) publishIndex(ref string) {
+	w.Helper()
+	u := w.user(w.network.Registry())
+	u.login()
+	if o := u.quay("index", "--no-daemon", ref); o.code != 0 {
+		w.Fatalf("the indexes are not published: %s", o)
+	}
+	w.registry.ResetStats()
 }
 
 // TestMirror: containerd pulls a plain image by itself, with the hosts.toml that is shipped. It has neither a login for the
