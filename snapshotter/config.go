@@ -53,6 +53,8 @@ type LazyConfig struct {
 	Mount string   `toml:"mount"` // auto, erofs, fuse
 	Quota Size     `toml:"quota"` // of the layers; 0: no bound
 	Quiet Duration `toml:"quiet"` // before a layer is completed
+	// Believe says whose indexes are used before they can be checked: all, members, own.
+	Believe string `toml:"believe"`
 }
 
 // StoreConfig is [store].
@@ -128,7 +130,7 @@ func DefaultConfig() Config {
 		Root:        "/var/lib/quay",
 		State:       "/run/quay",
 		Snapshotter: SnapshotterConfig{Socket: "/run/quay/snapshotter.sock", Lazy: true},
-		Lazy:        LazyConfig{Mount: MountAuto, Quiet: Duration(5 * time.Second)},
+		Lazy:        LazyConfig{Mount: MountAuto, Quiet: Duration(5 * time.Second), Believe: BelieveAll},
 		Peers: PeersConfig{
 			SecretFile: "/etc/quay/cluster.secret",
 			Listen:     "0.0.0.0",
@@ -233,6 +235,9 @@ func (c *Config) Validate() error {
 	}
 	if !slices.Contains(mountWays, c.Lazy.Mount) {
 		wrong("lazy.mount", "%q is none of %s", c.Lazy.Mount, strings.Join(mountWays, ", "))
+	}
+	if !slices.Contains(believers, c.Lazy.Believe) {
+		wrong("lazy.believe", "%q is none of %s", c.Lazy.Believe, strings.Join(believers, ", "))
 	}
 	if q := time.Duration(c.Lazy.Quiet); q < leastQuiet || q > mostQuiet {
 		wrong("lazy.quiet", "%q is not between %s and %s", q, leastQuiet, mostQuiet)

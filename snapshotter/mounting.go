@@ -23,6 +23,16 @@ const (
 	MountFUSE  = "fuse"  // a FUSE tree for each layer that has a table of contents
 )
 
+// Whose indexes are believed until all of a layer is there: of everybody who may publish beside an image and of the cluster's
+// members, of members alone, or only the tables of contents that layers bring along.
+const (
+	BelieveAll     = "all"
+	BelieveMembers = "members"
+	BelieveOwn     = "own"
+)
+
+var believers = []string{BelieveAll, BelieveMembers, BelieveOwn}
+
 var mountWays = []string{MountAuto, MountEROFS, MountFUSE}
 
 // leastQuiet and mostQuiet are the bounds of lazy.quiet: less would be in the way of a start, more is
@@ -116,6 +126,7 @@ func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 	}
 	return Mounting{EROFS: &layerfs.Options{
 		Store: layers, State: root, Source: deps.Layers, Quota: int64(cfg.Lazy.Quota), Loop: c.loop,
+		NoPublished: cfg.Lazy.Believe != BelieveAll, NoMembers: cfg.Lazy.Believe == BelieveOwn,
 		Quiet: time.Duration(cfg.Lazy.Quiet), Log: deps.Log, Socket: socket,
 		Keeper: []string{deps.Self, KeeperCommand, socket}, Mounter: []string{deps.Self, MounterCommand},
 	}}, c, nil

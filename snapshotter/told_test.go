@@ -56,6 +56,21 @@ func TestEROFSToldByOthers(t *testing.T) {
 		t.Error("something is told of a layer that is not here")
 	}
 
+	t.Run("not believed", func(t *testing.T) {
+		img := lazytest.NewImage()
+		img.Add(plain)
+		img.Tell(plain.Desc.Digest, said["plain"])
+		r := newEROFS(t, img)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		r.erofs.NoMembers = true
+		r.open(nil)
+		r.layer("plain", "", plain)
+		if n := countLines(r.log.String(), "served=eager"); n != 1 {
+			t.Errorf("%d layers are unpacked", n)
+		}
+	})
 	for _, c := range []struct {
 		name string
 		said []byte

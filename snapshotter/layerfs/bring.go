@@ -246,11 +246,11 @@ func (f *FileSystem) find(ctx context.Context, t lazy.Target) (desc ocispec.Desc
 		return desc, "", err
 	}
 	published := false
-	theirs, order := f.fromOthers(ctx, t, desc, x == nil && f.forged(t.Layer) == nil)
+	theirs, order := f.fromOthers(ctx, t, desc, x == nil && !f.o.NoMembers && f.forged(t.Layer) == nil)
 	if theirs != nil {
 		x, why, published = theirs, "index of another node", true
 	}
-	if x == nil && f.forged(t.Layer) == nil {
+	if x == nil && !f.o.NoPublished && f.forged(t.Layer) == nil {
 		x, err = f.o.Source.Index(ctx, t.Ref, t.Manifest, desc)
 		if err != nil {
 			// All of the layer is fetched anyhow, if the registry is there at all.

@@ -30,15 +30,17 @@ type Options struct {
 	Store string // the layer store's folder; not on overlayfs
 	// State is a folder for what the file system needs beside that: notes of its mounts, and the
 	// mountpoint of blobfs.
-	State   string
-	Source  Source // nil: only what is in the store can be mounted
-	Quota   int64  // bytes in Store; 0 is no bound
-	Loop    bool   // mount by loop devices
-	Quiet   time.Duration
-	Log     *slog.Logger // nil: slog.Default()
-	Socket  string       // the keeper's
-	Keeper  []string     // the command that runs keeper.Run on Socket
-	Mounter []string     // the command that runs RunMounter
+	State  string
+	Source Source // nil: only what is in the store can be mounted
+	Quota  int64  // bytes in Store; 0 is no bound
+	Loop   bool   // mount by loop devices
+	Quiet  time.Duration
+	// NoPublished and NoMembers leave out indexes that somebody published, and other nodes'.
+	NoPublished, NoMembers bool
+	Log                    *slog.Logger // nil: slog.Default()
+	Socket                 string       // the keeper's
+	Keeper                 []string     // the command that runs keeper.Run on Socket
+	Mounter                []string     // the command that runs RunMounter
 }
 
 // FileSystem mounts layers. Its methods may be called from many goroutines; calls for one
