@@ -273,7 +273,7 @@ func TestStalls(t *testing.T) {
 	}
 
 	// The places for fetches are taken: it ends with the time that the index has, and the container goes on without.
-	m, _, q = inMemory(t, l, l.published(t).Text)
+	_, _, q = inMemory(t, l, l.published(t).Text)
 	f = NewFinder(FinderOptions{})
 	for range parallelReads {
 		f.fetch <- struct{}{}
