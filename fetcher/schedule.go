@@ -47,7 +47,8 @@ const (
 	// round trip between requests.
 	streamsPerBlob = 2
 	// runAlone and runShared are how many segments one registry request covers
-	// at most. Alone, fewer requests; else each stream takes its own.
+	// at most. Alone, fewer requests; else each stream takes its own, also where no
+	// other member was met yet: they may be starting the same image at this moment.
 	runAlone  = 8
 	runShared = 1
 	// noPeerGrace is how long a fetch without a usable registry waits for
@@ -224,9 +225,11 @@ func (d *download) nextRun(now time.Time, claim bool) []int {
 	if (own.alone || d.keeper.nodes <= 1) && len(d.opens) == 0 {
 		// Each stream half of what is lent: the first of a crowd, which is alone
 		// for a moment, must not get in one request what two would.
-		most = runAlone
-		if !own.alone {
+		switch {
+		case !own.alone:
 			most = min(max(len(d.leases)/streamsPerBlob, runShared), runAlone)
+		case d.noPeers:
+			most = runAlone
 		}
 	}
 	var run []int

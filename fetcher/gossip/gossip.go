@@ -252,7 +252,7 @@ func (g *Gossip) announce() {
 	}
 }
 
-// Ready waits until every configured peer was tried once, or until ctx ends.
+// Ready waits until every configured peer was tried, a few times if none answers, or until ctx ends.
 func (g *Gossip) Ready(ctx context.Context) {
 	select {
 	case <-g.peers.ready:

@@ -53,6 +53,9 @@ func (p *peers) judgeLocked(t *target, node string, err error, alone bool) {
 		limit = retryLost
 	}
 	t.tried, t.err = true, err
+	if t.failed++; err == nil {
+		t.failed = 0
+	}
 	t.here = node == p.g.self.id.ID()
 	if node != "" {
 		t.node = node

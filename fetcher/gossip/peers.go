@@ -16,6 +16,9 @@ const (
 	// retryFirst is the wait after the first failure; it doubles. Nodes that are started together miss each other by a tenth
 	// of a second.
 	retryFirst = 200 * time.Millisecond
+	// readyTries is how often peers that do not answer are tried, in 0.6 s, before a fetch begins without them: one that is
+	// just being started must not make this node take all of an image from the registry.
+	readyTries = 3
 	// retryAlone bounds the wait while no member is known at all, retryMax afterwards: the node has a cluster by then, and
 	// what is dialled is the other half of one that was cut in two, or a machine that is switched off.
 	retryAlone = 3 * time.Second
@@ -40,7 +43,7 @@ const (
 // peers dials those who should be members and are not.
 type peers struct {
 	g     *Gossip
-	ready chan struct{} // closed when every configured peer was tried once
+	ready chan struct{} // see checkReadyLocked
 	wake  chan struct{} // something may be due
 
 	wg sync.WaitGroup // dials and lookups
@@ -68,6 +71,7 @@ type target struct {
 	wait    time.Duration
 	dialled bool // is being dialled
 	tried   bool
+	failed  int  // tries in a row without an answer
 	here    bool // it is this node
 	err     error
 }
@@ -257,20 +261,27 @@ func jitter(d time.Duration) time.Duration {
 	return d - d/10 + rand.N(d/5+1)
 }
 
-// checkReadyLocked closes ready when every configured peer was tried.
+// checkReadyLocked closes ready when every configured peer was tried: more than once, as long as none has answered.
 func (p *peers) checkReadyLocked() {
 	if p.isReady {
 		return
 	}
+	answered, again := false, false
 	for _, c := range p.configured {
 		if !c.looked {
 			return
 		}
 		for _, a := range c.addrs {
-			if t := p.targets[a]; t == nil || !t.tried {
+			t := p.targets[a]
+			if t == nil || !t.tried {
 				return
 			}
+			answered = answered || t.err == nil && !t.here
+			again = again || t.err != nil && t.failed < readyTries
 		}
+	}
+	if again && !answered {
+		return
 	}
 	p.isReady = true
 	close(p.ready)
