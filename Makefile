@@ -30,7 +30,7 @@ UNITS := $(wildcard install/systemd/*.service)
 
 # Two packages at a time: the end-to-end ones run whole nodes. The limit is per package.
 TEST_P       ?= 2
-TEST_TIMEOUT ?= 20m
+TEST_TIMEOUT ?= 30m
 TEST_FLAGS   ?=
 PACKAGES     ?= ./...
 
