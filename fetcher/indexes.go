@@ -18,6 +18,9 @@ const (
 	// indexWithin bounds all of that: a layer that nobody knows the content of can be
 	// fetched and unpacked meanwhile.
 	indexWithin = 10 * time.Second
+	// indexJoin bounds the part of it that goes by before it is known whom to ask: where
+	// the members that should know are dead, the layer must not wait for them.
+	indexJoin = 2 * time.Second
 )
 
 // ErrNoIndex says that no member knows what is in a blob.
@@ -50,7 +53,9 @@ func (b *Blob) Index(ctx context.Context, accept func([]byte) error) error {
 	joined := d.joined
 	d.mu.Unlock()
 	if !joined {
-		d.join(ctx)
+		jctx, cancel := context.WithTimeout(ctx, indexJoin)
+		d.join(jctx)
+		cancel()
 	}
 	refused := ErrNoIndex
 	for _, m := range d.whole() {

@@ -2,6 +2,8 @@ package snapshotter
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -103,4 +105,23 @@ func TestEROFSToldByOthers(t *testing.T) {
 			read(r, "plain", want)
 		})
 	}
+}
+
+// TestEROFSComparesLater: an index that was somebody's word is compared with its layer also when the daemon ended before
+// it came to that, and every mount reads the complete layer by then.
+func TestEROFSComparesLater(t *testing.T) {
+	plain, _ := layerOf(t, lazytest.Gzip, "plain")
+	img := lazytest.NewImage()
+	img.Add(plain)
+	r := newEROFS(t, img)
+	r.layer("plain", "", plain)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	claim := filepath.Join(r.root, "claims", plain.Desc.Digest.Encoded())
+	if err := os.WriteFile(claim, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.open(nil)
+	eventually(t, func() bool { _, err := os.Lstat(claim); return errors.Is(err, fs.ErrNotExist) })
 }

@@ -140,7 +140,7 @@ func (f *FileSystem) attach(p *place, at string, s *served) error {
 		return err
 	}
 	s.mounted.Store(true)
-	if k == kindBlobs {
+	if k == kindBlobs || f.claimed(s.digest) {
 		f.background(s)
 	}
 	return nil

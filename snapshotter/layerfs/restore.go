@@ -122,13 +122,14 @@ func (f *FileSystem) adopt(ctx context.Context, mp lazy.Mountpoint) error {
 	p.s, p.kind = s, k
 	f.mu.Unlock()
 	s.mounted.Store(true)
-	if k == kindData {
-		return nil
+	if k == kindBlobs {
+		if err := f.offer(s); err != nil {
+			return err
+		}
 	}
-	if err := f.offer(s); err != nil {
-		return err
+	if k == kindBlobs || f.claimed(s.digest) { // the former daemon may have ended before it compared the index
+		f.background(s)
 	}
-	f.background(s)
 	return nil
 }
 
