@@ -14,17 +14,16 @@ import (
 
 // Options are the sizes that an index is made with. The zero value is good.
 type Options struct {
-	Spacing   int64 // bytes of stream between two points, about; 0 is DefaultSpacing
+	Spacing   int64 // bytes of stream between two points, at least about; 0 is DefaultSpacing
 	ChunkSize int64 // a multiple of Align; 0 is DefaultChunkSize
 }
 
 const (
 	// DefaultSpacing is how far it is to the next point, in bytes of the stream. Half of
 	// it is decoded, and fetched, in vain for a random read. BenchmarkSpacing measures
-	// what else is worth it: on 120 MiB of this machine's files (57 MiB as gzip)
-	// an index has 0.71 % at 512 KiB, 0.51 % at 1 MiB, 0.31 % at 2 MiB and 0.26 % at 4 MiB, for
-	// 230, 347, 586 and 1160 KiB fetched per chunk; each point takes 32 KiB of memory.
-	DefaultSpacing = 2 << 20
+	// what else is worth it; each point takes 32 KiB of memory, and some 2 KiB of an encoded
+	// index, which has to stay below 1 % of its layer.
+	DefaultSpacing = 1 << 20
 
 	// DefaultChunkSize is the kernel's largest read of a FUSE file by default, so that
 	// one read needs one chunk.

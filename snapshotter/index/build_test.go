@@ -170,12 +170,16 @@ func TestBuild(t *testing.T) {
 			if err := Encode(&b, x); err != nil {
 				t.Fatal(err)
 			}
+			text := bytes.Clone(b.Bytes())
 			y, err := Decode(&b)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !reflect.DeepEqual(x, y) {
+			if !sameIndex(x, y) {
 				t.Error("the index changes when it is encoded and decoded")
+			}
+			if err := Encode(&b, y); err != nil || !bytes.Equal(b.Bytes(), text) {
+				t.Errorf("encoded again it is another text: %v", err)
 			}
 			checkFill(t, y, blob, data, 60)
 		})
@@ -303,3 +307,10 @@ func TestMemory(t *testing.T) {
 type discard struct{}
 
 func (discard) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
+
+// sameIndex compares what two indexes say, and not what they were made from.
+func sameIndex(x, y *Index) bool {
+	a, b := *x, *y
+	a.text, b.text = nil, nil
+	return reflect.DeepEqual(a, b)
+}

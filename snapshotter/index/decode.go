@@ -50,7 +50,7 @@ func decode(r io.Reader) (*Index, error) {
 	}
 	defer zd.Close()
 
-	x := &Index{}
+	x := &Index{text: all}
 	head := d.section(1<<10, nil)
 	entries, extents, points, chunks := x.getHead(head)
 	// An entry has 4 bytes at the least, an extent 3: the length of the section bounds

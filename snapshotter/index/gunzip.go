@@ -22,7 +22,7 @@ type gunzip struct {
 	check   bool   // the members' CRCs are compared; not for one that began at a point
 	crc     uint32 // of the member until crcPos
 	crcPos  int    // in out
-	gap     int64  // see pointGap; 0 makes no points
+	gap     int64  // see Options.Spacing; 0 makes no points
 	made    int    // points since gap last grew
 	points  []Point
 	pending seen // of the last point, when inflater.seen is set
@@ -258,9 +258,10 @@ func (g *gunzip) point(raw bool) {
 	}
 	at := g.at()
 	if len(g.points) > 0 {
-		since := at - g.points[len(g.points)-1].Stream
+		last := &g.points[len(g.points)-1]
+		since := at - last.Stream
 		switch {
-		case raw && since < g.gap, since == 0:
+		case raw && (since < g.gap || g.bitOff()/8-last.Blob < g.gap*blobShare/16), since == 0:
 			return
 		case since < g.gap/memberGap:
 			return

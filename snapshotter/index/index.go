@@ -31,6 +31,15 @@ type Index struct {
 	Extents     []Extent // by Data; they do not overlap, and Stream rises with Data
 	Points      []Point  // by Stream; the first at Stream 0 unless there is no data
 	Chunks      []Chunk  // by Off; without gaps from 0 to DataSize
+
+	text []byte // what it was decoded from; nil when it was made otherwise
+}
+
+// WithoutTree is an index that fills chunks as x does, without what takes the most memory.
+func (x *Index) WithoutTree() *Index {
+	y := *x
+	y.Entries, y.text = nil, nil
+	return &y
 }
 
 // Align is what each file's contents in the data file begin at a multiple of: the

@@ -45,6 +45,10 @@ const (
 	// closer together than those within one.
 	memberGap = 16
 
+	// blobShare: within a gzip member two points are as many sixteenths of the spacing apart in the blob, too. Where
+	// a layer is compressed well much of it is decoded in little time, and points would be most of its index.
+	blobShare = 7
+
 	// pointsPerGap is how many points are made until the spacing doubles, so that the
 	// windows' memory grows with the logarithm of the layer: 32 MiB for the first 4 GiB.
 	pointsPerGap = 1024

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/docker-quay/docker-quay/snapshotter/index"
 	"github.com/docker-quay/docker-quay/snapshotter/layerstore"
@@ -43,6 +42,10 @@ type job struct {
 	served string // how, for the log: "lazy", "eager"
 	why    string
 	err    error
+
+	// early keeps the layer open, for what is read first to come before it is mounted; nil when it is not, or no more.
+	// Guarded by FileSystem.mu.
+	early *served
 }
 
 // Brought is a layer in the store, which stays there until Close at least.
@@ -125,6 +128,7 @@ func (f *FileSystem) await(ctx context.Context, j *job, t lazy.Target) (*served,
 		return nil, j.err
 	}
 	s, err := f.acquire(t)
+	f.endEarly(j)
 	if err != nil {
 		return nil, err
 	}
@@ -172,11 +176,44 @@ func (f *FileSystem) leave(t lazy.Target, p *pull, j *job, err error) {
 	p.idle = time.AfterFunc(pullIdle, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if p.users == 0 && f.pulls[pullKey(t)] == p {
+		if p.users == 0 && f.pulls[pullKey(t)] == p && !f.closed {
 			p.cancel()
 			delete(f.pulls, pullKey(t))
+			for _, j := range p.jobs {
+				f.wg.Go(func() { f.endEarly(j) })
+			}
 		}
 	})
+}
+
+// beginEarly has what is read of a layer first fetched, when that is known, though the layer is not mounted yet.
+func (f *FileSystem) beginEarly(p *pull, t lazy.Target, j *job) {
+	s, err := f.acquire(t)
+	if err != nil {
+		return // whoever comes for it hears why
+	}
+	if order, err := s.h.Order(); err != nil || len(order) == 0 || s.h.Completed() {
+		f.release(s, false)
+		return
+	}
+	f.mu.Lock()
+	j.early = s
+	f.mu.Unlock()
+	f.background(s)
+	if p.ctx.Err() != nil {
+		f.endEarly(j) // nobody else does
+	}
+}
+
+// endEarly leaves the layer to those who mount it.
+func (f *FileSystem) endEarly(j *job) {
+	f.mu.Lock()
+	s := j.early
+	j.early = nil
+	f.mu.Unlock()
+	if s != nil {
+		f.release(s, false)
+	}
 }
 
 // start begins to bring a layer, if nobody has begun. A failure counts only for who looks ahead, unless it would be the
@@ -195,7 +232,9 @@ func (f *FileSystem) start(p *pull, t lazy.Target, now bool) *job {
 		return j
 	}
 	f.wg.Go(func() {
-		j.served, j.why, j.err = f.get(p.ctx, t)
+		if j.served, j.why, j.err = f.get(p.ctx, t); j.err == nil {
+			f.beginEarly(p, t, j)
+		}
 		close(j.done)
 	})
 	return j
@@ -210,119 +249,4 @@ func (j *job) failed() bool {
 	default:
 		return false
 	}
-}
-
-// get gets a layer into the store.
-func (f *FileSystem) get(ctx context.Context, t lazy.Target) (served, why string, err error) {
-	if h, err := f.store.Get(t.Layer); err == nil {
-		served := "lazy"
-		if h.Completed() {
-			served = "eager"
-		}
-		return served, "it is here", h.Close()
-	}
-	desc, why, err := f.find(ctx, t)
-	if err != nil || why != "" {
-		return "lazy", why, err
-	}
-	return "eager", "nobody has an index of it", f.unpackAll(ctx, t, desc)
-}
-
-// find makes a layer of an index that somebody has; why is empty when there is none.
-func (f *FileSystem) find(ctx context.Context, t lazy.Target) (desc ocispec.Descriptor, why string, err error) {
-	if err := enter(ctx, f.look); err != nil {
-		return desc, "", err
-	}
-	defer func() { <-f.look }()
-	desc, err = f.o.Source.Describe(ctx, t.Ref, t.Manifest, t.Layer)
-	if err != nil {
-		return desc, "", fmt.Errorf("the image's manifest could not be looked up: %w", err)
-	}
-	if desc.Digest != t.Layer {
-		return desc, "", fmt.Errorf("the image's manifest has no layer %s", t.Layer)
-	}
-	x, why, err := f.ownIndex(ctx, t, desc)
-	if err != nil {
-		return desc, "", err
-	}
-	published := false
-	theirs, order := f.fromOthers(ctx, t, desc, x == nil && !f.o.NoMembers && f.forged(t.Layer) == nil)
-	if theirs != nil {
-		x, why, published = theirs, "index of another node", true
-	}
-	if x == nil && !f.o.NoPublished && f.forged(t.Layer) == nil {
-		x, err = f.o.Source.Index(ctx, t.Ref, t.Manifest, desc)
-		if err != nil {
-			// All of the layer is fetched anyhow, if the registry is there at all.
-			f.log.Debug("whether an index of a layer is published could not be found out", "digest", t.Layer, "image", t.Ref, "error", err)
-			x = nil
-		}
-		why, published = "published index", true
-	}
-	if x == nil {
-		return desc, "", nil
-	}
-	if published {
-		if err := f.claim(t.Layer, ""); err != nil {
-			return desc, "", fmt.Errorf("that an index has to be checked cannot be noted: %w", err)
-		}
-	}
-	h, err := f.store.Create(ctx, x)
-	switch {
-	case err == nil:
-		if len(order) > 0 {
-			if err := h.SetOrder(order); err != nil {
-				f.log.Debug("another node's word of what is read first is not used", "digest", t.Layer, "error", err)
-			}
-		}
-		return desc, why, h.Close()
-	case ctx.Err() != nil, errors.Is(err, layerstore.ErrNoSpace):
-		return desc, "", err
-	}
-	f.log.Warn("the layer's index is not used", "digest", t.Layer, "image", t.Ref, "source", why, "error", err)
-	f.unclaim(t.Layer)
-	return desc, "", nil
-}
-
-// ownIndex makes an index of the layer's own table of contents; nil when it has none that can be used.
-func (f *FileSystem) ownIndex(ctx context.Context, t lazy.Target, desc ocispec.Descriptor) (*index.Index, string, error) {
-	if !lazy.HasTable(desc, t) {
-		return nil, "", nil
-	}
-	blob, err := f.o.Source.Blob(ctx, t.Ref, desc)
-	if err != nil {
-		return nil, "", fmt.Errorf("the layer could not be opened: %w", err)
-	}
-	defer blob.Close()
-	x, why, err := lazy.OwnIndex(ctx, tableReader{blob}, desc, t)
-	if err == nil {
-		return x, why, nil
-	}
-	if ctx.Err() != nil {
-		return nil, "", err
-	}
-	// A table that is not what the manifest says, or cannot be used: the layer itself can still be.
-	f.log.Warn("the layer's table of contents is not used", "digest", t.Layer, "image", t.Ref, "error", err)
-	return nil, "", nil
-}
-
-// unpackAll fetches a layer and unpacks it into the store.
-func (f *FileSystem) unpackAll(ctx context.Context, t lazy.Target, desc ocispec.Descriptor) error {
-	if err := enter(ctx, f.unpack); err != nil {
-		return err
-	}
-	defer func() { <-f.unpack }()
-	blob, err := f.o.Source.Blob(ctx, t.Ref, desc)
-	if err != nil {
-		return fmt.Errorf("the layer could not be opened: %w", err)
-	}
-	defer blob.Close()
-	r := blob.Reader(ctx)
-	defer r.Close()
-	var h *layerstore.Layer
-	if h, err = f.store.Unpack(ctx, desc, r); err != nil {
-		return err
-	}
-	// Only what was synced is mounted past the daemon.
-	return errors.Join(h.Complete(ctx), h.Close())
 }

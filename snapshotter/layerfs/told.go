@@ -31,19 +31,16 @@ type told struct {
 }
 
 // errUnknown says that this node can tell nothing of a layer.
-var errUnknown = errors.New("this node has not got all of the layer, or has not checked it")
+var errUnknown = errors.New("no container has read the layer here, and this node has not got all of it or has not checked it")
 
-// Tell says what this node knows of a layer, for others: its index, and what its containers read first. Only of
-// layers that are complete, whose index was made of the layer's own bytes or compared with them.
+// Tell says what this node knows of a layer, for others: what its containers read first, which is but a hint, and
+// its index when the layer is complete, and the index was made of the layer's own bytes or compared with them.
 func (f *FileSystem) Tell(ctx context.Context, d digest.Digest) ([]byte, error) {
 	h, err := f.store.Get(d)
 	if err != nil {
 		return nil, err
 	}
 	defer h.Close()
-	if !h.Completed() || f.claimed(d) {
-		return nil, errUnknown
-	}
 	if err := enter(ctx, f.words); err != nil {
 		return nil, err
 	}
@@ -52,12 +49,16 @@ func (f *FileSystem) Tell(ctx context.Context, d digest.Digest) ([]byte, error) 
 	if line.Order, err = h.Order(); err != nil {
 		f.log.Debug("what a layer's containers read first is not told", "digest", d, "error", err)
 	}
+	sure := h.Completed() && !f.claimed(d)
+	if !sure && len(line.Order) == 0 {
+		return nil, errUnknown
+	}
 	b, err := json.Marshal(line)
 	if err != nil {
 		return nil, err
 	}
 	b = append(b, '\n')
-	if h.DiffID() == "" { // made of a table of contents, which the other node has as well
+	if !sure || h.DiffID() == "" { // without a diff ID it was made of a table of contents, which the other node has as well
 		return b, nil
 	}
 	text, err := h.IndexText()
@@ -88,29 +89,36 @@ func toldOf(b []byte, t lazy.Target, desc ocispec.Descriptor) (*index.Index, []l
 	return x, says.Order, err
 }
 
+// word is what other nodes said of a layer.
+type word struct {
+	index *index.Index // nil: nobody said, or it was not wanted
+	order []layerstore.Range
+}
+
 // fromOthers asks other nodes for a layer's index, when it is wanted, and for what its containers read first.
-func (f *FileSystem) fromOthers(ctx context.Context, t lazy.Target, desc ocispec.Descriptor, wanted bool) (x *index.Index, order []layerstore.Range) {
+func (f *FileSystem) fromOthers(ctx context.Context, t lazy.Target, desc ocispec.Descriptor, wanted bool) (w word) {
 	err := f.o.Source.Told(ctx, t.Ref, desc, func(b []byte) error {
 		if err := enter(ctx, f.words); err != nil {
 			return err
 		}
 		defer func() { <-f.words }()
-		y, o, err := toldOf(b, t, desc)
+		x, order, err := toldOf(b, t, desc)
 		switch {
 		case err != nil:
 			return err
-		case wanted && y == nil:
-			order = o // of use, whoever has the index
+		case len(order) > 0:
+			w.order = order // of use, whoever has the index
+		}
+		if wanted && x == nil {
 			return errors.New("there is no index in it")
 		}
-		order = o
 		if wanted {
-			x = y
+			w.index = x
 		}
 		return nil
 	})
 	if err != nil {
-		f.log.Debug("no other node told of the layer", "digest", t.Layer, "image", t.Ref, "error", err)
+		f.log.Debug("no other node told all of the layer", "digest", t.Layer, "image", t.Ref, "error", err)
 	}
-	return x, order
+	return w
 }

@@ -20,17 +20,20 @@ const (
 	lostTries = 16
 )
 
-// fetch returns when the chunks from first to last are present.
-func (l *layer) fetch(ctx context.Context, first, last int, prio Priority) error {
-	if prio == Demand {
-		l.s.hurry.begin()
-		defer l.s.hurry.end()
-		begun := time.Now()
-		l.stats.waits.Add(1)
-		defer func() { l.stats.waited.Add(int64(time.Since(begun))) }()
-	}
+// demand returns when the chunks from first to last are present, of which somebody reads some from off.
+func (l *layer) demand(ctx context.Context, off int64, first, last int) error {
+	l.s.hurry.begin()
+	defer l.s.hurry.end()
+	begun := time.Now()
+	l.stats.waits.Add(1)
+	defer func() { l.stats.waited.Add(int64(time.Since(begun))) }()
+	return l.fetch(ctx, first, last, Demand, func(ld *loaded) { l.aheadLocked(ld, off, first, last) })
+}
+
+// fetch returns when the chunks from first to last are present. When some are missing it calls also, once, with l.mu
+// held, unless that is nil.
+func (l *layer) fetch(ctx context.Context, first, last int, prio Priority, also func(*loaded)) error {
 	var t tries
-	ahead := prio == Demand
 	for c := first; ; {
 		l.mu.Lock()
 		if c = l.has.missing(c, last); c < 0 {
@@ -57,9 +60,9 @@ func (l *layer) fetch(ctx context.Context, first, last int, prio Priority) error
 			ch = make(chan struct{})
 			l.waits[c] = ch
 		}
-		if ahead {
-			l.aheadLocked(ld, first, last)
-			ahead = false
+		if also != nil {
+			also(ld)
+			also = nil
 		}
 		if l.has.has(c) {
 			// It came between the look and the wait; nobody would wake us.

@@ -42,7 +42,7 @@ func (h *Layer) Prefetch(ctx context.Context, order []Range) error {
 		if l.has.all(first, last) {
 			continue
 		}
-		g.Go(func() error { return l.fetch(gctx, first, last, Prefetch) })
+		g.Go(func() error { return l.fetch(gctx, first, last, Prefetch, nil) })
 	}
 	if err := g.Wait(); err != nil {
 		return err
@@ -122,7 +122,7 @@ func (l *layer) fill(ctx context.Context) error {
 				if err != nil || first < 0 {
 					return err
 				}
-				if err := l.fetch(ctx, first, last, Background); err != nil {
+				if err := l.fetch(ctx, first, last, Background, nil); err != nil {
 					return err
 				}
 			}

@@ -124,11 +124,11 @@ func (h *Layer) ReadAt(ctx context.Context, p []byte, off int64) error {
 		if !full {
 			if !l.has.all(first, last) {
 				l.stats.demand.Add(1)
-				if err := l.fetch(ctx, first, last, Demand); err != nil {
+				if err := l.demand(ctx, off, first, last); err != nil {
 					return err
 				}
 			} else if l.marks.any(first, last) {
-				l.passed(first, last)
+				l.passed(off, first, last)
 			}
 		}
 	}

@@ -144,10 +144,10 @@ func TestCompletionDecodesOnce(t *testing.T) {
 	}
 }
 
-func TestOneReadFetchesLittle(t *testing.T) {
+func TestOneReadOfALongFileFetchesLittle(t *testing.T) {
 	for _, how := range compressions {
 		t.Run(string(how), func(t *testing.T) {
-			sm := sampleOf(4, 32<<20, how)
+			sm := sampleIn(4<<20, 4, 32<<20, how)
 			m := newMemory(sm.blob)
 			h := create(t, openStore(t, t.TempDir(), Options{}), sm, m)
 			const off = 9<<20 + 70<<10
@@ -162,8 +162,37 @@ func TestOneReadFetchesLittle(t *testing.T) {
 	}
 }
 
+func TestOneReadOfAShortFileFetchesItAndLittleMore(t *testing.T) {
+	for _, how := range compressions {
+		t.Run(string(how), func(t *testing.T) {
+			sm := sampleOf(4, 32<<20, how)
+			m := newMemory(sm.blob)
+			h := create(t, openStore(t, t.TempDir(), Options{}), sm, m)
+			const off = 9<<20 + 700<<10
+			check(t, h, sm, off, 4096)
+			const first, last = 9 << 3, 9<<3 + 7
+			for end := time.Now().Add(5 * time.Second); !h.l.has.all(first, last); time.Sleep(time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatal("the rest of the file does not come")
+				}
+			}
+			if n := h.l.has.count(); n > 2*(last-first+1)+2 { // with what is decoded on the way
+				t.Errorf("%d chunks came with the %d of the file", n, last-first+1)
+			}
+			from, _ := sm.x.Span(first, first)
+			_, to := sm.x.Span(last, last)
+			if how == index.Gzip { // where it ends nearly
+				to = int64(10<<20) * int64(len(sm.blob)) / int64(len(sm.data))
+			}
+			if got, most := m.bytes.Load(), to-from+3*blockSize; got > most {
+				t.Errorf("%d bytes were fetched; the file should need up to %d", got, most)
+			}
+		})
+	}
+}
+
 func TestReadersOfOneChunkShareOneDecode(t *testing.T) {
-	sm := sampleOf(5, 4<<20, index.Tar)
+	sm := sampleIn(4<<20, 5, 4<<20, index.Tar)
 	m := newMemory(sm.blob)
 	gate := make(chan struct{})
 	m.hold.Store(&gate)

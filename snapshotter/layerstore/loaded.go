@@ -3,7 +3,10 @@ package layerstore
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"path/filepath"
+	"slices"
+	"sort"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -21,7 +24,10 @@ type loaded struct {
 	// for tars alone; elsewhere chunks are taken to be compressed as well as those
 	// around them, and a little is added, as to ask for more afterwards takes a round trip.
 	need []int64
-	last time.Time // a run used it
+	// files are where those that are not empty begin in the data file, in index.Align, in order: 4 bytes for each
+	// do for layers of up to 16 TiB, and of a longer one the files beyond that are taken for one.
+	files []uint32
+	last  time.Time // a run used it
 }
 
 // needMore is what is added to an estimate, in 1/16 of the distance from where decoding
@@ -29,7 +35,7 @@ type loaded struct {
 const needMore = 1
 
 func newLoaded(x *index.Index) *loaded {
-	ld := &loaded{x: x, from: make([]int32, len(x.Chunks)), need: make([]int64, len(x.Chunks)), last: time.Now()}
+	ld := &loaded{x: x.WithoutTree(), files: filesOf(x), from: make([]int32, len(x.Chunks)), need: make([]int64, len(x.Chunks)), last: time.Now()}
 	var begun int64 // where the decoding of the chunk before begins
 	first := 0      // the chunk whose is the first to begin there
 	for c := range x.Chunks {
@@ -53,6 +59,32 @@ func newLoaded(x *index.Index) *loaded {
 		ld.estimate(first, len(x.Chunks), begun, x.BlobSize)
 	}
 	return ld
+}
+
+// filesOf lists where files begin.
+func filesOf(x *index.Index) []uint32 {
+	var files []uint32
+	for i := range x.Entries {
+		if e := &x.Entries[i]; e.Size > 0 && e.HardLink < 0 && e.Data/index.Align <= math.MaxUint32 {
+			files = append(files, uint32(e.Data/index.Align))
+		}
+	}
+	slices.Sort(files)
+	return slices.Compact(files)
+}
+
+// file is where the file with the byte at off begins and ends in the data file, the padding behind it included.
+func (ld *loaded) file(off int64) (begin, end int64) {
+	begin, end = 0, ld.x.DataSize
+	// The first that begins beyond off.
+	i := sort.Search(len(ld.files), func(i int) bool { return int64(ld.files[i])*index.Align > off })
+	if i > 0 {
+		begin = int64(ld.files[i-1]) * index.Align
+	}
+	if i < len(ld.files) {
+		end = int64(ld.files[i]) * index.Align
+	}
+	return begin, end
 }
 
 // estimate fills in need for the chunks from first to before after, which are decoded
@@ -83,9 +115,7 @@ func (l *layer) indexLocked() (*loaded, error) {
 		return nil, fmt.Errorf("the index of layer %s on disk is not of this layer", l.info.Blob)
 	}
 	// The tree is in the metadata image, and most of the index.
-	slim := *x
-	slim.Entries = nil
-	l.idx = newLoaded(&slim)
+	l.idx = newLoaded(x)
 	return l.idx, nil
 }
 

@@ -38,6 +38,11 @@ func newSample(seed uint64, size int) sample {
 }
 
 func sampleOf(seed uint64, size int, how index.Compression) sample {
+	return sampleIn(1<<20, seed, size, how)
+}
+
+// sampleIn is sampleOf with files of another length.
+func sampleIn(file int, seed uint64, size int, how index.Compression) sample {
 	var key [32]byte
 	key[0], key[1], key[2] = byte(seed), byte(seed>>8), byte(seed>>16)
 	files := make([]byte, size)
@@ -57,9 +62,9 @@ func sampleOf(seed uint64, size int, how index.Compression) sample {
 		w = &frames{w: &blob}
 	}
 	tw := tar.NewWriter(w)
-	for off := 0; off < size; off += 1 << 20 {
-		p := files[off:min(size, off+1<<20)]
-		must(tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("f%06d", off>>20), Mode: 0o644, Size: int64(len(p)), Format: tar.FormatPAX}))
+	for off := 0; off < size; off += file {
+		p := files[off:min(size, off+file)]
+		must(tw.WriteHeader(&tar.Header{Name: fmt.Sprintf("f%06d", off/file), Mode: 0o644, Size: int64(len(p)), Format: tar.FormatPAX}))
 		_, err := tw.Write(p)
 		must(err)
 	}

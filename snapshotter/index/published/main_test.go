@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -232,4 +233,13 @@ func (b *blobs) open(_ context.Context, d ocispec.Descriptor) (io.ReadCloser, er
 		return nil, fmt.Errorf("%s: %w", d.Digest, origin.ErrNotFound)
 	}
 	return io.NopCloser(bytes.NewReader(text)), nil
+}
+
+func encoded(t *testing.T, x *index.Index) string {
+	t.Helper()
+	var b strings.Builder
+	if err := index.Encode(&b, x); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
 }
