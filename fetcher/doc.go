@@ -5,7 +5,7 @@
 // # The life of a blob
 //
 // [Fetcher.Blob] returns a handle at once, whatever is on disk. What the store
-// holds can be read at once. Anything else is fetched piece by piece (256 KiB
+// holds can be read at once. Anything else is fetched piece by piece (64 KiB
 // to 1 MiB, see store.PieceSize) from three sources that run side by side:
 //
 //   - the registry, asked in ranges. When other nodes fetch the same blob, each

@@ -105,7 +105,7 @@ func TestStatementsOfNobody(t *testing.T) {
 	}
 	sums := []cluster.PieceSum{sha256.Sum256([]byte("x")), sha256.Sum256([]byte("y"))}
 	good := cluster.Sign(id, desc.Digest, desc.Size, []int{0, 1}, sums)
-	renamed, other, beyond := good, cluster.Sign(id, desc.Digest, desc.Size+1, []int{0, 1}, sums), cluster.Sign(id, desc.Digest, desc.Size, []int{4, 1 << 40}, sums)
+	renamed, other, beyond := good, cluster.Sign(id, desc.Digest, desc.Size+1, []int{0, 1}, sums), cluster.Sign(id, desc.Digest, desc.Size, []int{16, 1 << 40}, sums)
 	renamed.By = n.NodeID()
 	for name, said := range map[string]cluster.Statement{"signed by another": renamed, "about another blob": other, "about pieces beyond the end": beyond} {
 		if got := b.d.table.learn([]cluster.Statement{said}); got != 0 || len(b.d.table.words) != 0 {

@@ -17,10 +17,10 @@ import (
 	"github.com/docker-quay/docker-quay/fetcher/published"
 )
 
-// One seeds, one downloads, in every relation of the two kinds of pieces. The store's are of 256 KiB.
+// One seeds, one downloads, in every relation of the two kinds of pieces. The store's are of 64 KiB.
 func TestPieceLengths(t *testing.T) {
 	for _, c := range []struct{ size, pieceLength int }{
-		{5<<20 + 12345, 256 << 10}, // the store's own
+		{5<<20 + 12345, 64 << 10}, // the store's own
 		{5<<20 + 12345, 512 << 10},
 		{5<<20 + 12345, 4 << 20},
 		{5<<20 + 12345, 64 << 10},
@@ -28,8 +28,8 @@ func TestPieceLengths(t *testing.T) {
 		{3<<20 + 1, 100 << 10},
 		{3<<20 + 1, 100<<10 + 7},
 		{3<<20 + 1, 300<<10 + 1},
-		{1, 256 << 10},
-		{256 << 10, 256 << 10},
+		{1, 64 << 10},
+		{64 << 10, 64 << 10},
 		{100, 16 << 10},
 	} {
 		t.Run(fmt.Sprintf("%d bytes in pieces of %d", c.size, c.pieceLength), func(t *testing.T) {
@@ -124,7 +124,7 @@ func TestMemoryIsBounded(t *testing.T) {
 func TestResume(t *testing.T) {
 	t.Parallel()
 	l := newLayer(4<<20, 4)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	seeder := newSwarm(t, Options{Seed: true})
 	ts := add(t, seeder, p, newMemory(l).fill())
 	leecher := newSwarm(t, Options{Seed: true})
@@ -176,7 +176,7 @@ func TestResume(t *testing.T) {
 func TestMetainfoOfSomethingElse(t *testing.T) {
 	t.Parallel()
 	mine, other := newLayer(4<<20, 5), newLayer(4<<20, 6)
-	p := other.torrent(t, 256<<10, false)
+	p := other.torrent(t, 64<<10, false)
 	s := newSwarm(t, Options{Seed: true})
 	if _, err := s.Add(p, newMemory(mine).fill()); !errors.Is(err, ErrMismatch) {
 		t.Errorf("Add of a foreign torrent: %v", err)
@@ -185,7 +185,7 @@ func TestMetainfoOfSomethingElse(t *testing.T) {
 	m := newMemory(other).fill()
 	seeder := add(t, s, p, m)
 	m.mu.Lock()
-	m.data[700<<10] ^= 1 // in piece 2
+	m.data[140<<10] ^= 1 // in piece 2
 	m.mu.Unlock()
 	ml := newMemory(other)
 	tl := add(t, newSwarm(t, Options{}), p, ml)
@@ -217,7 +217,7 @@ func TestMetainfoOfSomethingElse(t *testing.T) {
 func TestNoSeedUploadsNothing(t *testing.T) {
 	t.Parallel()
 	l := newLayer(2<<20, 9)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	miser, other := newSwarm(t, Options{}), newSwarm(t, Options{Seed: true})
 	mm, mo := newMemory(l), newMemory(l)
 	for i := range l.pieces() / 2 {
@@ -238,7 +238,7 @@ func TestNoSeedUploadsNothing(t *testing.T) {
 func TestLimits(t *testing.T) {
 	t.Parallel()
 	l := newLayer(2<<20, 10)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	const perSecond = 2 << 20 // the layer takes one second, less the burst
 	limit := func() *rate.Limiter { return rate.NewLimiter(perSecond, 64<<10) }
 	for name, c := range map[string]struct{ up, down Options }{
@@ -265,7 +265,7 @@ func TestLimits(t *testing.T) {
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	l := newLayer(1<<20, 11)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	s := newSwarm(t, Options{Seed: true, MaxConnections: 3})
 	to := add(t, s, p, newMemory(l).fill())
 	for range 6 {
@@ -281,7 +281,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 func TestAddRefusesNonsense(t *testing.T) {
 	s := newSwarm(t, Options{})
 	l := newLayer(1<<20, 12)
-	good := func() *published.Torrent { return l.torrent(t, 256<<10, false) }
+	good := func() *published.Torrent { return l.torrent(t, 64<<10, false) }
 	for name, change := range map[string]func(*published.Torrent){
 		"another length":     func(p *published.Torrent) { p.Layer.Size++ },
 		"no length":          func(p *published.Torrent) { p.Layer.Size, p.Info.Length = 0, 0 },
@@ -322,7 +322,7 @@ func TestIdleTorrentsCostLittle(t *testing.T) {
 	l := newLayer(1<<20, 13)
 	start := time.Now()
 	for i := range n {
-		p := l.torrent(t, 256<<10, false)
+		p := l.torrent(t, 64<<10, false)
 		p.Info.Name = fmt.Sprint(i)
 		p.MetaInfo.InfoBytes = bencode.MustMarshal(p.Info)
 		p.InfoHash = metainfo.HashBytes(p.MetaInfo.InfoBytes)
@@ -339,7 +339,7 @@ func TestIdleTorrentsCostLittle(t *testing.T) {
 func BenchmarkOneToOne(b *testing.B) {
 	l := newLayer(64<<20, 14)
 	seeder := newSwarm(b, Options{Seed: true})
-	p := l.torrent(b, 256<<10, false)
+	p := l.torrent(b, 64<<10, false)
 	add(b, seeder, p, newMemory(l).fill())
 	leecher := newSwarm(b, Options{})
 	b.SetBytes(int64(len(l.data)))

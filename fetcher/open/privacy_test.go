@@ -15,7 +15,7 @@ func TestDHT(t *testing.T) {
 	first := newSwarm(t, Options{Public: true, DHTNodes: []string{}})
 	nodes := []string{first.ln.Addr().String()}
 	open, secret := newLayer(1<<20, 60), newLayer(1<<20, 61)
-	po, ps := open.torrent(t, 256<<10, false), secret.torrent(t, 256<<10, true)
+	po, ps := open.torrent(t, 64<<10, false), secret.torrent(t, 64<<10, true)
 
 	seeder := newSwarm(t, Options{Public: true, DHTNodes: nodes, Seed: true})
 	add(t, seeder, po, newMemory(open).fill())
@@ -59,7 +59,7 @@ func TestPeerExchange(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			l := newLayer(2<<20, 62)
-			p := l.torrent(t, 256<<10, c.private)
+			p := l.torrent(t, 64<<10, c.private)
 			o := Options{Public: c.public, DHTNodes: []string{}, Seed: true}
 			hub, a, b := newSwarm(t, o), newSwarm(t, o), newSwarm(t, o)
 			th := add(t, hub, p, newMemory(l).fill(0))
@@ -83,7 +83,7 @@ func TestExtensionsOffered(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ public, private, pex bool }{{true, false, true}, {true, true, false}, {false, false, false}, {false, true, false}} {
 		l := newLayer(1<<20, 63)
-		p := l.torrent(t, 256<<10, c.private)
+		p := l.torrent(t, 64<<10, c.private)
 		s := newSwarm(t, Options{Public: c.public, DHTNodes: []string{}, Seed: true})
 		add(t, s, p, newMemory(l).fill())
 		heard := make(chan pp.ExtendedHandshakeMessage, 1)
@@ -122,7 +122,7 @@ func TestExtensionsOffered(t *testing.T) {
 func TestMagnet(t *testing.T) {
 	t.Parallel()
 	l := newLayer(1<<20, 64)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	s := newSwarm(t, Options{Seed: true})
 	add(t, s, p, newMemory(l).fill())
 	cl := stranger(t)

@@ -11,7 +11,7 @@ import (
 func TestStorageRefusesAPiece(t *testing.T) {
 	t.Parallel()
 	l := newLayer(1<<20, 7)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	seeder := newSwarm(t, Options{Seed: true})
 	add(t, seeder, p, newMemory(l).fill())
 	m := newMemory(l)
@@ -26,7 +26,7 @@ func TestStorageRefusesAPiece(t *testing.T) {
 func TestStoragePutsAPieceOff(t *testing.T) {
 	t.Parallel()
 	l := newLayer(1<<20, 15)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	seeder := newSwarm(t, Options{Seed: true})
 	ts := add(t, seeder, p, newMemory(l).fill())
 	m := newMemory(l)
@@ -40,7 +40,7 @@ func TestStoragePutsAPieceOff(t *testing.T) {
 	tl := add(t, newSwarm(t, Options{}), p, m)
 	tl.AddPeers(addrOf(seeder))
 	wantAll(tl)
-	wait(t, "the others", func() bool { return len(m.marked) == 3 && put.Load() == 1 })
+	wait(t, "the others", func() bool { return len(m.marked) == 15 && put.Load() == 1 })
 	never(t, "it is tried again unasked, or shown as trouble", 300*time.Millisecond, func() bool {
 		return put.Load() > 1 || tl.Stats().Err != nil
 	})
@@ -55,7 +55,7 @@ func TestStoragePutsAPieceOff(t *testing.T) {
 func TestStorageTroubleIsShownAndEnds(t *testing.T) {
 	t.Parallel()
 	l := newLayer(2<<20, 8)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	seeder := newSwarm(t, Options{Seed: true})
 	add(t, seeder, p, newMemory(l).fill())
 	m := newMemory(l)

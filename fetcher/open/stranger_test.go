@@ -107,7 +107,7 @@ func peerInfos(addrs []netip.AddrPort) (all []torrent.PeerInfo) {
 func TestPlainClient(t *testing.T) {
 	t.Parallel()
 	l := newLayer(3<<20+17, 20)
-	p := l.torrent(t, 256<<10, true)
+	p := l.torrent(t, 64<<10, true)
 	seeder := newSwarm(t, Options{Seed: true})
 	add(t, seeder, p, newMemory(l).fill())
 	cl := stranger(t)
@@ -160,7 +160,7 @@ func TestWrongPiecesAreRefused(t *testing.T) {
 func TestWrongPiecesAmongRightOnes(t *testing.T) {
 	t.Parallel()
 	l := newLayer(8<<20, 22)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	liar, honest := stranger(t), stranger(t)
 	lies := make([]byte, len(l.data))
 	copy(lies, l.data)
@@ -183,7 +183,7 @@ func TestNonsenseOnThePort(t *testing.T) {
 	t.Parallel()
 	s := newSwarm(t, Options{Seed: true})
 	l := newLayer(1<<20, 23)
-	to := add(t, s, l.torrent(t, 256<<10, false), newMemory(l).fill())
+	to := add(t, s, l.torrent(t, 64<<10, false), newMemory(l).fill())
 	h := to.Infohash()
 	for _, say := range []string{
 		"",

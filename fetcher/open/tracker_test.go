@@ -88,7 +88,7 @@ func TestTracker(t *testing.T) {
 	t.Parallel()
 	k := newTracker(t, (*httptest.Server).Start)
 	l := newLayer(2<<20, 40)
-	p := l.torrent(t, 256<<10, true, k.URL+"/announce/"+token+"?passkey="+token)
+	p := l.torrent(t, 64<<10, true, k.URL+"/announce/"+token+"?passkey="+token)
 	// All on one address: a tracker sees where a request comes from, and that is 127.0.0.1 here.
 	seeder, leecher := newSwarm(t, Options{Listen: "127.0.0.1", Seed: true}), newSwarm(t, Options{Listen: "127.0.0.1"})
 	ts := add(t, seeder, p, newMemory(l).fill())
@@ -133,7 +133,7 @@ func TestTrackersAreReplaced(t *testing.T) {
 	named, told := newTracker(t, (*httptest.Server).Start), newTracker(t, (*httptest.Server).Start)
 	l := newLayer(1<<20, 41)
 	s := newSwarm(t, Options{Listen: "127.0.0.1", Seed: true, Trackers: []string{told.URL + "/announce"}})
-	to := add(t, s, l.torrent(t, 256<<10, false, named.URL), newMemory(l).fill())
+	to := add(t, s, l.torrent(t, 64<<10, false, named.URL), newMemory(l).fill())
 	wait(t, "the tracker that was told", func() bool { return len(told.events(to)) == 1 })
 	never(t, "the metainfo's is asked", 200*time.Millisecond, func() bool { return len(named.events(to)) > 0 })
 }
@@ -145,7 +145,7 @@ func TestTiers(t *testing.T) {
 	bad := newTracker(t, (*httptest.Server).Start)
 	bad.fail = "go away"
 	l := newLayer(1<<20, 42)
-	p := l.torrent(t, 256<<10, false)
+	p := l.torrent(t, 64<<10, false)
 	p.Trackers = [][]string{{bad.URL, good.URL}, {other.URL}, {bad.URL + "/x"}, {"ftp://nonsense/"}}
 	s := newSwarm(t, Options{Listen: "127.0.0.1", Seed: true})
 	to := add(t, s, p, newMemory(l).fill())
@@ -220,7 +220,7 @@ func TestTrackerFailures(t *testing.T) {
 	var log bytes.Buffer
 	l := newLayer(1<<20, 43)
 	s := newSwarm(t, Options{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
-	to := add(t, s, l.torrent(t, 256<<10, false, down.URL+"/"+token, "http://"+token+":x@host/"), newMemory(l))
+	to := add(t, s, l.torrent(t, 64<<10, false, down.URL+"/"+token, "http://"+token+":x@host/"), newMemory(l))
 	wait(t, "failure", func() bool { return to.Stats().Trackers[0].Err != nil })
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -235,7 +235,7 @@ func TestAnnounceTimes(t *testing.T) {
 	t.Parallel()
 	s := newSwarm(t, Options{})
 	l := newLayer(1<<20, 44)
-	to := add(t, s, l.torrent(t, 256<<10, false), newMemory(l))
+	to := add(t, s, l.torrent(t, 64<<10, false), newMemory(l))
 	ago := func(now time.Time, d time.Duration) time.Time { return now.Add(-d) }
 	now := time.Now()
 	for name, c := range map[string]struct {
@@ -322,7 +322,7 @@ func TestDialable(t *testing.T) {
 	t.Parallel()
 	s := newSwarm(t, Options{Listen: "0.0.0.0", MaxConnections: 1})
 	l := newLayer(1<<20, 45)
-	to := add(t, s, l.torrent(t, 256<<10, false), newMemory(l))
+	to := add(t, s, l.torrent(t, 64<<10, false), newMemory(l))
 	to.found([]netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:22")}, false)
 	to.AddPeers([]netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:6000")})
 	for addr, want := range map[string]bool{

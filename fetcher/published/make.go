@@ -39,6 +39,10 @@ type MakeOptions struct {
 // reached at 400 GiB of 1 MiB pieces.
 const maxHashes = 8 << 20
 
+// leastPiece is the piece length of a small layer, as clients choose it. The store's may be shorter, for reads of parts of a layer that
+// strangers are not asked for.
+const leastPiece = 256 << 10
+
 // Make reads the layer once and makes its metainfo. ErrMismatch says that the layer is not what its digest says.
 func Make(ctx context.Context, o MakeOptions) (*Torrent, error) {
 	if err := o.Check(); err != nil {
@@ -73,7 +77,7 @@ func (o *MakeOptions) Check() error {
 		return fmt.Errorf("a torrent cannot be of %d bytes", o.Layer.Size)
 	}
 	if o.PieceLength == 0 {
-		o.PieceLength = store.PieceSize(o.Layer.Size)
+		o.PieceLength = max(store.PieceSize(o.Layer.Size), leastPiece)
 		for numPieces(o.Layer.Size, o.PieceLength)*sha1.Size > maxHashes {
 			o.PieceLength *= 2
 		}

@@ -24,7 +24,7 @@ const (
 	childEnv = "STORE_TEST_CHILD"
 	childDir = "STORE_TEST_DIR"
 
-	childSize = 40 * 256 * kib
+	childSize = 40 * 64 * kib
 )
 
 func childMain(mode string) int {
@@ -158,7 +158,7 @@ func TestKill(t *testing.T) {
 	kills := 0
 	for deadline := time.Now().Add(8 * time.Second); kills < 6 && time.Now().Before(deadline); {
 		p := startChild(t, "fill", dir, nil)
-		if h := p.until(t, "open"); !strings.HasSuffix(h, " "+strconv.Itoa(len(told)*256*kib)) && kills == 0 {
+		if h := p.until(t, "open"); !strings.HasSuffix(h, " "+strconv.Itoa(len(told)*64*kib)) && kills == 0 {
 			t.Fatalf("child began with %q", h)
 		}
 		// At any moment: between marks, in a mark, in a write, in Verify.
@@ -374,7 +374,7 @@ func childNoSpace(dir string) error {
 		if !errors.Is(err, ErrNoSpace) || !errors.Is(err, syscall.ENOSPC) {
 			return fmt.Errorf("piece %d: %w", i, err)
 		}
-		if i < 2 || b.Has(i) || b.Frontier() != i || b.Have() != int64(i)*256*kib {
+		if i < 2 || b.Has(i) || b.Frontier() != i || b.Have() != int64(i)*64*kib {
 			return fmt.Errorf("full at piece %d, have %d", i, b.Have())
 		}
 		// Room again: it goes on.

@@ -17,7 +17,7 @@ import (
 // Suppliers race for the pieces with bytes of their own. Whoever marks first, from then on the piece does not change, and its record
 // fits it.
 func TestWritesRaceMarks(t *testing.T) {
-	const size, writers = 8 * 256 * kib, 4
+	const size, writers = 8 * 64 * kib, 4
 	_, d := content(size)
 	dir := t.TempDir()
 	s := openStore(t, dir, 0)
@@ -28,8 +28,8 @@ func TestWritesRaceMarks(t *testing.T) {
 	for w := range writers {
 		wg.Go(func() {
 			rnd := rand.New(rand.NewPCG(1, uint64(w)))
-			p := bytes.Repeat([]byte{byte(w + 1)}, 256*kib)
-			buf := make([]byte, 256*kib)
+			p := bytes.Repeat([]byte{byte(w + 1)}, 64*kib)
+			buf := make([]byte, 64*kib)
 			for range 3 {
 				for _, i := range rnd.Perm(b.Pieces()) {
 					off, n := b.PieceRange(i)
@@ -86,7 +86,7 @@ func TestWritesRaceMarks(t *testing.T) {
 
 // A write waits for a mark of its piece and then finds it held; a mark waits for a write in flight. Nothing waits for other pieces.
 func TestWriteAndMarkWait(t *testing.T) {
-	const size = 3 * 256 * kib
+	const size = 3 * 64 * kib
 	data, d := content(size)
 	b := openBlob(t, openStore(t, t.TempDir(), 0), d, size)
 	st := b.state
@@ -110,7 +110,7 @@ func TestWriteAndMarkWait(t *testing.T) {
 
 	setBusy(1, -1) // somebody marks piece 1
 	go func() {
-		_, err := b.WriteAt(data[:512*kib], 0)
+		_, err := b.WriteAt(data[:128*kib], 0)
 		done <- err
 	}()
 	waits("a write across a piece that is being marked")
@@ -184,7 +184,7 @@ func TestLockUseRacesRemoval(t *testing.T) {
 
 // Everything at once on few digests: handles come and go, pieces too, blobs are evicted and removed. What is read is always right.
 func TestChaos(t *testing.T) {
-	sizes := []int{256*kib + 1, 3 * 256 * kib, 5*256*kib - 1}
+	sizes := []int{64*kib + 1, 3 * 64 * kib, 5*64*kib - 1}
 	dir := t.TempDir()
 	stores := []*Store{openStore(t, dir, 3*mib), openStore(t, dir, 3*mib)} // flock sees them as two processes
 	rounds := 30
@@ -252,7 +252,7 @@ func TestChaos(t *testing.T) {
 
 // Two handles of one digest are one blob; the first to come opens it for both.
 func TestShared(t *testing.T) {
-	const size = 2 * 256 * kib
+	const size = 2 * 64 * kib
 	data, d := content(size)
 	s := openStore(t, t.TempDir(), 0)
 	var wg sync.WaitGroup
@@ -301,7 +301,7 @@ func BenchmarkWriteAndMark(b *testing.B) {
 		b.Run(c.name, func(b *testing.B) {
 			s := openStore(b, b.TempDir(), 0)
 			bl := openBlob(b, s, d, size)
-			b.SetBytes(256 * kib)
+			b.SetBytes(64 * kib)
 			b.ReportAllocs()
 			for n := 0; b.Loop(); n++ {
 				i := n % bl.Pieces()

@@ -20,7 +20,7 @@ func bootStore(t *testing.T, dir, boot string) *Store {
 
 // The machine went down: what the records say counts only where the data bears it out.
 func TestReboot(t *testing.T) {
-	const size = 5*256*kib + 3
+	const size = 5*64*kib + 3
 	data, d := content(size)
 	for _, c := range []struct {
 		name       string
@@ -86,7 +86,7 @@ func TestReboot(t *testing.T) {
 
 // A crash between "verified" and "durable" costs a Verify, no bytes.
 func TestCrashBeforeRecord(t *testing.T) {
-	const size = 3 * 256 * kib
+	const size = 3 * 64 * kib
 	data, d := content(size)
 	dir := t.TempDir()
 	s := bootStore(t, dir, "one")
@@ -119,7 +119,7 @@ func TestCrashBeforeRecord(t *testing.T) {
 
 // A reader of a complete blob keeps its bytes when another process finds the records damaged and starts over.
 func TestResetUnderReader(t *testing.T) {
-	const size = 2 * 256 * kib
+	const size = 2 * 64 * kib
 	data, d := content(size)
 	dir := t.TempDir()
 	s := openStore(t, dir, 0)

@@ -37,23 +37,23 @@ func TestRefusedNames(t *testing.T) {
 }
 
 func TestWrongSize(t *testing.T) {
-	data, d := content(300 * kib)
+	data, d := content(75 * kib)
 	dir := t.TempDir()
 	s := openStore(t, dir, 0)
 	ctx := t.Context()
 
 	// Nothing held yet: a wrong descriptor does not block the right one, unless somebody uses it.
 	b := openBlob(t, s, d, 17)
-	_, err := s.Blob(ctx, d, 300*kib)
+	_, err := s.Blob(ctx, d, 75*kib)
 	want(t, "other size while open", err, ErrSize)
 	b.Close()
 
-	b = openBlob(t, s, d, 300*kib)
+	b = openBlob(t, s, d, 75*kib)
 	put(t, b, data, 0)
 	b.Close()
 	_, err = s.Blob(ctx, d, 17)
 	want(t, "other size, incomplete", err, ErrSize)
-	b = openBlob(t, s, d, 300*kib)
+	b = openBlob(t, s, d, 75*kib)
 	if !b.Has(0) {
 		t.Fatal("a piece was lost")
 	}
@@ -64,7 +64,7 @@ func TestWrongSize(t *testing.T) {
 	b.Close()
 	_, err = s.Blob(ctx, d, 17)
 	want(t, "other size, complete", err, ErrSize)
-	if i, err := s.Stat(d); err != nil || !i.Complete || i.Size != 300*kib {
+	if i, err := s.Stat(d); err != nil || !i.Complete || i.Size != 75*kib {
 		t.Errorf("afterwards: %+v, %v", i, err)
 	}
 }

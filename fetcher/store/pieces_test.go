@@ -12,7 +12,7 @@ import (
 
 // validPieces is the file of a blob of three pieces, the first and the last held.
 func validPieces(complete bool) []byte {
-	const size = 2*256*kib + 9
+	const size = 2*64*kib + 9
 	b := header{size: size, bootID: "01234567-89ab-cdef-0123-456789abcdef", complete: complete}.encode()
 	b = append(b, make([]byte, piecesLen(size)-headerSize)...)
 	for i, src := range map[int]Source{0: Origin, 2: Peer} {
@@ -64,7 +64,7 @@ func TestReadPieces(t *testing.T) {
 				}
 				return
 			}
-			if err != nil || string(held) != c.held || h.size != 2*256*kib+9 || h.complete {
+			if err != nil || string(held) != c.held || h.size != 2*64*kib+9 || h.complete {
 				t.Errorf("%+v, %v, held %s; want %s", h, err, held, c.held)
 			}
 		})
@@ -109,7 +109,7 @@ func FuzzReadPieces(f *testing.F) {
 
 // What is on disk may be damaged in any way: the blob opens with nothing held that is not right, and can be filled.
 func TestDamagedFiles(t *testing.T) {
-	const size = 3 * 256 * kib
+	const size = 3 * 64 * kib
 	data, d := content(size)
 	truncate := func(n int64) func(string) error {
 		return func(p string) error { return os.Truncate(p, n) }

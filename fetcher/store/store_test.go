@@ -102,13 +102,15 @@ func TestPieceSize(t *testing.T) {
 		size, piece int64
 		count       int
 	}{
-		{0, 256 * kib, 0},
-		{1, 256 * kib, 1},
-		{256 * kib, 256 * kib, 1},
-		{256*kib + 1, 256 * kib, 2},
+		{0, 64 * kib, 0},
+		{1, 64 * kib, 1},
+		{64 * kib, 64 * kib, 1},
+		{64*kib + 1, 64 * kib, 2},
+		{64 * mib, 64 * kib, 1024},
+		{64*mib + 1, 128 * kib, 513},
 		{256 * mib, 256 * kib, 1024},
 		{256*mib + 1, 512 * kib, 513},
-		{gib, 512 * kib, 2048},
+		{gib, mib, 1024},
 		{gib + 1, mib, 1025},
 		{maxSize, mib, 16 * mib},
 	} {
@@ -124,13 +126,13 @@ func TestPieceSize(t *testing.T) {
 }
 
 func TestBlobLife(t *testing.T) {
-	const size = 3*256*kib + 1000
+	const size = 3*64*kib + 1000
 	data, d := content(size)
 	dir := t.TempDir()
 	s := openStore(t, dir, 0)
 	b := openBlob(t, s, d, size)
 
-	if b.Digest() != d || b.Size() != size || b.Pieces() != 4 || b.PieceSize() != 256*kib {
+	if b.Digest() != d || b.Size() != size || b.Pieces() != 4 || b.PieceSize() != 64*kib {
 		t.Fatalf("opened as %s, %d bytes, %d pieces of %d", b.Digest(), b.Size(), b.Pieces(), b.PieceSize())
 	}
 	_, err := b.ReadAt(make([]byte, 1), 0)
@@ -148,7 +150,7 @@ func TestBlobLife(t *testing.T) {
 	default:
 		t.Error("Changed did not tell of a marked piece")
 	}
-	if !b.Has(0) || b.Has(1) || b.Has(-1) || b.Has(4) || b.Have() != 256*kib || b.Frontier() != 1 || b.Source(0) != Origin || b.Source(1) != 0 {
+	if !b.Has(0) || b.Has(1) || b.Has(-1) || b.Has(4) || b.Have() != 64*kib || b.Frontier() != 1 || b.Source(0) != Origin || b.Source(1) != 0 {
 		t.Error("wrong account of one held piece")
 	}
 	n, err := b.WriteAt(make([]byte, 10), 5)
@@ -156,7 +158,7 @@ func TestBlobLife(t *testing.T) {
 	if n != 0 {
 		t.Errorf("write to a held piece wrote %d bytes", n)
 	}
-	_, err = b.WriteAt(make([]byte, 256*kib+1), 256*kib-1) // the tail of 0 and all of 1
+	_, err = b.WriteAt(make([]byte, 64*kib+1), 64*kib-1) // the tail of 0 and all of 1
 	want(t, "write across a held piece", err, ErrHeld)
 	if err := b.MarkPiece(0, Peer); err != nil || b.Source(0) != Origin {
 		t.Errorf("second mark: %v, source %s", err, b.Source(0))
@@ -250,7 +252,7 @@ func checkModes(t *testing.T, dir string) {
 }
 
 func TestReadAt(t *testing.T) {
-	const size = 2*256*kib + 77
+	const size = 2*64*kib + 77
 	data, d := content(size)
 	s := openStore(t, t.TempDir(), 0)
 	b := openBlob(t, s, d, size)
@@ -262,15 +264,15 @@ func TestReadAt(t *testing.T) {
 		err    error
 	}{
 		{"start", 0, 100, 100, nil},
-		{"whole held piece", 0, 256 * kib, 256 * kib, nil},
-		{"into a missing piece", 256*kib - 1, 2, 0, ErrMissing},
-		{"missing piece", 256 * kib, 1, 0, ErrMissing},
-		{"end of a missing piece", 512*kib - 1, 1, 0, ErrMissing},
-		{"last piece", 512 * kib, 77, 77, nil},
-		{"beyond the end", 512 * kib, 78, 77, io.EOF},
+		{"whole held piece", 0, 64 * kib, 64 * kib, nil},
+		{"into a missing piece", 64*kib - 1, 2, 0, ErrMissing},
+		{"missing piece", 64 * kib, 1, 0, ErrMissing},
+		{"end of a missing piece", 128*kib - 1, 1, 0, ErrMissing},
+		{"last piece", 128 * kib, 77, 77, nil},
+		{"beyond the end", 128 * kib, 78, 77, io.EOF},
 		{"at the end", size, 1, 0, io.EOF},
 		{"far behind the end", 1 << 60, 1, 0, io.EOF},
-		{"nothing", 256 * kib, 0, 0, nil},
+		{"nothing", 64 * kib, 0, 0, nil},
 	} {
 		p := make([]byte, c.n)
 		n, err := b.ReadAt(p, c.off)
@@ -293,12 +295,12 @@ func TestReadAt(t *testing.T) {
 }
 
 func TestMismatchAndClear(t *testing.T) {
-	const size = 4 * 256 * kib
+	const size = 4 * 64 * kib
 	data, d := content(size)
 	s := openStore(t, t.TempDir(), 0)
 	b := openBlob(t, s, d, size)
 	bad := bytes.Clone(data)
-	bad[256*kib+5] ^= 1
+	bad[64*kib+5] ^= 1
 	put(t, b, bad, 0, 2, 3)
 	off, n := b.PieceRange(1)
 	if _, err := b.WriteAt(bad[off:off+n], off); err != nil {
@@ -316,7 +318,7 @@ func TestMismatchAndClear(t *testing.T) {
 		t.Fatalf("%d pieces forgotten, want 1", n)
 	}
 	<-changed
-	if b.Has(1) || b.Source(1) != 0 || b.Have() != 3*256*kib || b.Frontier() != 1 {
+	if b.Has(1) || b.Source(1) != 0 || b.Have() != 3*64*kib || b.Frontier() != 1 {
 		t.Error("wrong account of the forgotten piece")
 	}
 	// It stays forgotten.

@@ -37,7 +37,7 @@ type doubter interface{ Doubt(from, to int64) }
 
 const (
 	// blockSize is what is asked of a Blob at a time, and blocks begin at its
-	// multiples: the fetcher's smallest piece.
+	// multiples: some of the fetcher's smallest pieces, or one.
 	blockSize = 256 << 10
 	// pipeline is how many blocks one decoder has under way at most: 2 MiB cover a
 	// round trip of 80 ms at 200 Mbit/s.
