@@ -25,9 +25,9 @@ const (
 	// index, which has to stay below 1 % of its layer.
 	DefaultSpacing = 1 << 20
 
-	// DefaultChunkSize is the kernel's largest read of a FUSE file by default, so that
-	// one read needs one chunk.
-	DefaultChunkSize = 128 << 10
+	// DefaultChunkSize is half of what the kernel reads of a file at a time: it begins anywhere, so that of longer chunks
+	// as much again would be decoded with it. Shorter ones save less than their sums take.
+	DefaultChunkSize = 64 << 10
 
 	minSpacing = 2 * history
 

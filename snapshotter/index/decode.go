@@ -28,6 +28,16 @@ func Decode(r io.Reader) (*Index, error) {
 	return x, x.Validate()
 }
 
+// Sound tells that an encoded index is of this version, and whole and unaltered since Encode wrote it.
+func Sound(text []byte) bool {
+	n := len(text) - sha256.Size
+	if n < len(magic) || string(text[:len(magic)]) != magic {
+		return false
+	}
+	sum := sha256.Sum256(text[:n])
+	return bytes.Equal(sum[:], text[n:])
+}
+
 func decode(r io.Reader) (*Index, error) {
 	all, err := io.ReadAll(io.LimitReader(r, maxEncoded+1))
 	if err != nil {
@@ -39,10 +49,10 @@ func decode(r io.Reader) (*Index, error) {
 	if len(all) < len(magic)+sha256.Size || string(all[:len(magic)]) != magic {
 		return nil, errors.New("it is no index, or one of another version")
 	}
-	body := all[:len(all)-sha256.Size]
-	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], all[len(body):]) {
+	if !Sound(all) {
 		return nil, errEncoded
 	}
+	body := all[:len(all)-sha256.Size]
 	d := &decoder{b: body[len(magic):]}
 	zd, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxMemory(maxWindows), zstd.WithDecodeAllCapLimit(true))
 	if err != nil {
@@ -71,7 +81,9 @@ func decode(r io.Reader) (*Index, error) {
 	lens := d.section(maxChunks*10, zd)
 	sums := d.section(maxChunks*32, nil)
 	x.getChunks(lens, sums, chunks)
-	for _, d := range append(cols, d, table, windows, lens, sums) {
+	order := d.section(MaxFirst*20, zd)
+	x.getFirst(order)
+	for _, d := range append(cols, d, table, windows, lens, sums, order) {
 		if d.bad || d.left() > 0 {
 			return nil, errEncoded
 		}
@@ -315,5 +327,18 @@ func (x *Index) getChunks(lens, sums *decoder, n int) {
 			return
 		}
 		copy(c.Sum[:], sums.bytes(32))
+	}
+}
+
+func (x *Index) getFirst(d *decoder) {
+	var end int64
+	for d.left() > 0 && !d.bad {
+		r := Range{Off: end + d.int(), Len: d.size()}
+		if len(x.First) == MaxFirst || r.Off < 0 || r.Off > maxSize {
+			d.fail()
+			return
+		}
+		x.First = append(x.First, r)
+		end = r.Off + r.Len
 	}
 }

@@ -14,9 +14,9 @@ import (
 
 // magic begins an encoded index. Its last byte is the version: a reader refuses all but
 // its own, and the index is made again, which costs one reading of the layer.
-const magic = "quayidx\x01"
+const magic = "quayidx\x02"
 
-// An encoded index is magic, five sections, and the SHA-256 of all before it. A section
+// An encoded index is magic, seven sections, and the SHA-256 of all before it. A section
 // is the lengths that it has and had before compression, and bytes. Numbers are
 // varints, signed ones in zigzag; each kind of number has a column of its own, because like
 // compresses best beside like, and holds the difference from what it could be
@@ -89,6 +89,7 @@ func Encode(w io.Writer, x *Index) error {
 	section(&out, windows, enc)
 	section(&out, lens, enc)
 	section(&out, sums, nil)
+	section(&out, x.putFirst(), enc)
 	sum := sha256.Sum256(out.Bytes())
 	out.Write(sum[:])
 	if out.Len() > maxEncoded {
@@ -263,4 +264,14 @@ func (x *Index) putChunks() (lens, sums []byte) {
 		lens = binary.AppendUvarint(lens, uint64(x.Chunks[i].Pad))
 	}
 	return lens, sums
+}
+
+func (x *Index) putFirst() (b []byte) {
+	var end int64
+	for _, r := range x.First {
+		b = binary.AppendVarint(b, r.Off-end)
+		b = binary.AppendUvarint(b, uint64(r.Len))
+		end = r.Off + r.Len
+	}
+	return b
 }

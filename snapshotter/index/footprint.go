@@ -29,5 +29,5 @@ func Footprint(text []byte) (int64, error) {
 	return total, nil
 }
 
-// sections of an encoded index: head, tree, points, windows, lengths of chunks, sums.
-const sections = 6
+// sections of an encoded index: head, tree, points, windows, lengths of chunks, sums, what is read first.
+const sections = 7

@@ -26,6 +26,10 @@ type gunzip struct {
 	made    int    // points since gap last grew
 	points  []Point
 	pending seen // of the last point, when inflater.seen is set
+
+	// Instead of gap: where points are made, in order, or who is told where they could be.
+	only   []int64
+	blocks func(stream int64)
 }
 
 const (
@@ -54,6 +58,7 @@ func (g *gunzip) startAt(src io.Reader, p *Point, buf []byte) error {
 	g.state = stateBlock
 	copy(buf[history-len(p.Window):history], p.Window)
 	g.hist = len(p.Window)
+	g.member = p.Stream - int64(len(p.Window))
 	if err := g.need(1); err != nil {
 		return err
 	}
@@ -248,27 +253,15 @@ func (g *gunzip) trailer() error {
 	return nil
 }
 
-// point makes a point here, when the last one is far enough away.
+// point makes a point here, when one is wanted.
 func (g *gunzip) point(raw bool) {
 	if g.seen != nil && g.op-g.base >= history {
 		g.closePoint()
 	}
-	if g.gap == 0 {
+	if !g.wanted(raw) {
 		return
 	}
 	at := g.at()
-	if len(g.points) > 0 {
-		last := &g.points[len(g.points)-1]
-		since := at - last.Stream
-		switch {
-		case raw && (since < g.gap || g.bitOff()/8-last.Blob < g.gap*blobShare/16), since == 0:
-			return
-		case since < g.gap/memberGap:
-			return
-		}
-	} else if raw {
-		return // the first is the first member's begin
-	}
 	g.closePoint()
 	off := g.bitOff()
 	p := Point{Blob: off / 8, Bit: uint8(off % 8), Stream: at, Raw: raw}
@@ -288,6 +281,37 @@ func (g *gunzip) point(raw bool) {
 	g.pending = seen{}
 	copy(g.pending.window[history-before:], g.out[g.op-before:g.op])
 	g.seen = &g.pending
+}
+
+// wanted tells whether there is to be a point: where the last one is far enough away, or where it was asked for.
+func (g *gunzip) wanted(raw bool) bool {
+	at := g.at()
+	if g.blocks != nil {
+		if raw {
+			g.blocks(at)
+		}
+		return false
+	}
+	if len(g.only) > 0 {
+		if !raw || at < g.only[0] {
+			return false
+		}
+		here := at == g.only[0]
+		g.only = g.only[1:]
+		return here
+	}
+	if g.gap == 0 {
+		return false
+	}
+	if len(g.points) == 0 {
+		return !raw // the first is the first member's begin
+	}
+	last := &g.points[len(g.points)-1]
+	since := at - last.Stream
+	if raw {
+		return since >= g.gap && g.bitOff()/8-last.Blob >= g.gap*blobShare/16
+	}
+	return since > 0 && since >= g.gap/memberGap
 }
 
 // closePoint keeps of the last point's window what was referred to.

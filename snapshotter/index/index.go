@@ -32,6 +32,10 @@ type Index struct {
 	Points      []Point  // by Stream; the first at Stream 0 unless there is no data
 	Chunks      []Chunk  // by Off; without gaps from 0 to DataSize
 
+	// First are the parts of the data file that somebody's containers read first, in that order. They are a hint, and
+	// nothing is wrong if they are.
+	First []Range
+
 	text []byte // what it was decoded from; nil when it was made otherwise
 }
 
@@ -80,6 +84,9 @@ type Xattr struct {
 // Extent says where a run of the data file is in the stream. What no extent covers is
 // zeros: the padding, and the holes of sparse files.
 type Extent struct{ Data, Stream, Len int64 }
+
+// Range is a part of the data file.
+type Range struct{ Off, Len int64 }
 
 // Point is a place in the blob where decoding can begin.
 type Point struct {

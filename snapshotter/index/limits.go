@@ -41,6 +41,9 @@ const (
 
 	maxExtents = 1 << 22
 
+	// MaxFirst bounds the ranges of Index.First, and so what a stranger's order can ask for.
+	MaxFirst = 4096
+
 	// memberGap: points between members cost no window, so they may be this many times
 	// closer together than those within one.
 	memberGap = 16

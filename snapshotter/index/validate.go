@@ -13,7 +13,7 @@ import (
 // through can be mounted and filled without looking again: the worst that a hostile
 // index can do is to name chunks that the blob does not have.
 func (x *Index) Validate() error {
-	for _, check := range []func() error{x.checkHead, x.checkEntries, x.checkExtents, x.checkPoints, x.checkChunks} {
+	for _, check := range []func() error{x.checkHead, x.checkEntries, x.checkExtents, x.checkPoints, x.checkChunks, x.checkFirst} {
 		if err := check(); err != nil {
 			return fmt.Errorf("the layer's index is not valid: %w", err)
 		}
@@ -244,6 +244,18 @@ func (x *Index) checkChunks() error {
 	}
 	if at != x.DataSize {
 		return fmt.Errorf("the chunks are %d of %d bytes", at, x.DataSize)
+	}
+	return nil
+}
+
+func (x *Index) checkFirst() error {
+	if len(x.First) > MaxFirst {
+		return fmt.Errorf("an order of %d ranges is longer than %d", len(x.First), MaxFirst)
+	}
+	for _, r := range x.First {
+		if r.Off < 0 || r.Len <= 0 || r.Len > x.DataSize-r.Off {
+			return fmt.Errorf("the order has %d bytes from %d of %d", r.Len, r.Off, x.DataSize)
+		}
 	}
 	return nil
 }

@@ -75,6 +75,40 @@ func (f *FileSystem) fillUp(ctx context.Context, s *served) {
 		}
 	}
 	f.promote(ctx, s)
+	if err := f.refine(ctx, s); err != nil && ctx.Err() == nil {
+		f.log.Info("others are not told where a layer's containers begin to read", "digest", s.digest, "image", s.target.Ref, "error", err)
+	}
+}
+
+// refine makes the index that other nodes are told, once what containers read first was read: when nothing was added to it
+// for a while. Mounts read past the daemon by now, but for those of containers that run already.
+func (f *FileSystem) refine(ctx context.Context, s *served) error {
+	for n := 0; ; {
+		order, err := s.h.Order()
+		if err != nil || len(order) == 0 {
+			return err
+		}
+		if len(order) == n {
+			break
+		}
+		n = len(order)
+		if err := sleep(ctx, f.o.Quiet); err != nil {
+			return err
+		}
+	}
+	if x, err := s.h.Index(); err != nil || len(x.First) > 0 {
+		return err // somebody else has done it
+	}
+	blob, err := f.open(ctx, s.target)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	if err := enter(ctx, f.decode); err != nil {
+		return err
+	}
+	defer func() { <-f.decode }()
+	return s.h.Refine(ctx, blob)
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -65,7 +65,7 @@ func (f *FileSystem) find(ctx context.Context, t lazy.Target) (desc ocispec.Desc
 	h, err := f.store.Create(ctx, x)
 	switch {
 	case err == nil:
-		if len(order) > 0 {
+		if len(order) > 0 && len(x.First) == 0 {
 			if err := h.SetOrder(order); err != nil {
 				f.log.Debug("another node's word of what is read first is not used", "digest", t.Layer, "error", err)
 			}
@@ -90,7 +90,9 @@ func (f *FileSystem) indexOf(ctx context.Context, t lazy.Target, desc ocispec.De
 		if x, err = f.ownIndex(ctx, t, desc); err != nil {
 			return nil, nil, "", err
 		}
-		why = ownTable
+		if x != nil {
+			why = ownTable
+		}
 	}
 	var published chan *index.Index
 	if x == nil && !forged && !f.o.NoPublished {
@@ -106,8 +108,8 @@ func (f *FileSystem) indexOf(ctx context.Context, t lazy.Target, desc ocispec.De
 		}
 		select {
 		case w := <-told:
-			if told, order = nil, w.order; w.index != nil && x == nil {
-				return w.index, order, fromMember, nil
+			if told, order = nil, w.order; w.index != nil && why != ownTable {
+				return w.index, order, fromMember, nil // somebody has compared it with the layer
 			}
 		case y := <-published:
 			if published = nil; y != nil {

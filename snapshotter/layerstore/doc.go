@@ -62,6 +62,7 @@
 //	                        /present
 //	                        /complete  empty; there once all of data was checked and synced
 //	                        /order  what its first reader read, in order
+//	                        /refined  the index with that order in it, for other nodes
 //	new/                            being made; emptied by Open
 //	broken/                         could not be restored; emptied by the next Open
 //	trash/                          on its way out; emptied by Open

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -170,7 +171,7 @@ func TestOneReadOfAShortFileFetchesItAndLittleMore(t *testing.T) {
 			h := create(t, openStore(t, t.TempDir(), Options{}), sm, m)
 			const off = 9<<20 + 700<<10
 			check(t, h, sm, off, 4096)
-			const first, last = 9 << 3, 9<<3 + 7
+			const first, last = 9 << 20 / index.DefaultChunkSize, 10<<20/index.DefaultChunkSize - 1
 			for end := time.Now().Add(5 * time.Second); !h.l.has.all(first, last); time.Sleep(time.Millisecond) {
 				if time.Now().After(end) {
 					t.Fatal("the rest of the file does not come")
@@ -440,4 +441,64 @@ func TestFullDiskIsAnErrorAndThenRecovers(t *testing.T) {
 	}
 	ballast()
 	check(t, h, sm, 3<<20, 100<<10)
+}
+
+// What one store's reader read first is what another store, which gets the refined index, prefetches, and little else is fetched for it.
+func TestRefinedIndexTakesTheOrderAlong(t *testing.T) {
+	sm := sampleIn(8<<20, 6, 32<<20, index.Gzip)
+	m := newMemory(sm.blob)
+	h := create(t, openStore(t, t.TempDir(), Options{}), sm, m)
+	places := []int{20<<20 + 300<<10, 3 << 20, 29 << 20, 11<<20 + 900<<10}
+	for _, off := range places {
+		check(t, h, sm, off, 4096)
+	}
+	if text, err := h.IndexText(); err != nil || !index.Sound(text) {
+		t.Fatalf("before: %v", err)
+	}
+	if err := h.Complete(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	order, err := h.Order()
+	if err != nil || len(order) != len(places) {
+		t.Fatalf("order %v, %v", order, err)
+	}
+	if err := h.Refine(t.Context(), newMemory(sm.blob)); err != nil {
+		t.Fatal(err)
+	}
+	text, err := h.IndexText()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fetched := func(x *index.Index) int64 {
+		other, m := sm, newMemory(sm.blob)
+		other.x = x
+		h := create(t, openStore(t, t.TempDir(), Options{}), other, m)
+		have, err := h.Order()
+		if err != nil || len(x.First) > 0 && len(have) != len(order) {
+			t.Fatalf("the order is %v, %v", have, err)
+		}
+		if err := h.Prefetch(t.Context(), order); err != nil {
+			t.Fatal(err)
+		}
+		n := m.bytes.Load()
+		for _, off := range places {
+			check(t, h, sm, off, 4096)
+		}
+		return n
+	}
+	x, err := index.Decode(bytes.NewReader(text))
+	if err != nil || len(x.First) != len(order) {
+		t.Fatalf("%d ranges in the index, %v", len(x.First), err)
+	}
+	if plain, refined := fetched(sm.x), fetched(x); refined > plain*2/3 {
+		t.Errorf("%d bytes were prefetched, %d without further points", refined, plain)
+	}
+
+	// A refined index that was altered is not told.
+	if err := os.WriteFile(h.l.path(fileRefined), text[:len(text)-1], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := h.IndexText(); err != nil || !index.Sound(text) {
+		t.Errorf("with an altered file: %v", err)
+	}
 }

@@ -26,11 +26,12 @@ const (
 	filePresent  = "present"
 	fileComplete = "complete"
 	fileOrder    = "order"
+	fileRefined  = "refined"
 )
 
 // infoVersion is the version of info and of the files beside it. A store of another
 // version is not read.
-const infoVersion = 1
+const infoVersion = 2
 
 // maxInfo bounds the file that info is read from: maxChunks in 3 bytes each, as base64.
 const maxInfo = 4*maxChunks + 4096

@@ -127,14 +127,6 @@ func (h *Layer) Index() (*index.Index, error) {
 	return h.l.readIndex(dir)
 }
 
-// IndexText is the same as index.Encode wrote it.
-func (h *Layer) IndexText() ([]byte, error) {
-	h.l.mu.Lock()
-	dir := h.l.dir
-	h.l.mu.Unlock()
-	return h.l.readIndexText(dir)
-}
-
 func (l *layer) readIndex(dir string) (*index.Index, error) {
 	b, err := l.readIndexText(dir)
 	if err != nil {

@@ -170,6 +170,15 @@ func (s *Store) finish(dir string, x *index.Index, charged int64, all bool) erro
 	g.Go(func() error {
 		return writeFile(filepath.Join(dir, filePresent), func(w io.Writer) error { return writePresent(w, chunks.len(), s.boot, all) })
 	})
+	if order := firstOf(x); order != nil {
+		g.Go(func() error {
+			b, err := json.Marshal(order)
+			if err != nil {
+				return err
+			}
+			return writeFile(filepath.Join(dir, fileOrder), func(w io.Writer) error { _, err := w.Write(b); return err })
+		})
+	}
 	path := filepath.Join(dir, fileMeta)
 	if err := errors.Join(writeFile(path, func(w io.Writer) error { return s.opts.Meta(w, x) }), g.Wait()); err != nil {
 		return err

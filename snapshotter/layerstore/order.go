@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/docker-quay/docker-quay/snapshotter/index"
 )
 
 const (
@@ -17,7 +19,7 @@ const (
 	recordFor = 30 * time.Second
 	// recordMost bounds the ranges of a recorded order, and so what a stranger's order
 	// can ask for.
-	recordMost = 4096
+	recordMost = index.MaxFirst
 	// MaxOrder bounds an order of recordMost ranges in JSON, in bytes.
 	MaxOrder = recordMost * 100
 )
@@ -113,6 +115,15 @@ func (l *layer) storeOrder(order []Range) error {
 		return err
 	}
 	return replaceFile(l.path(fileOrder), b)
+}
+
+// firstOf is the order that an index brings along.
+func firstOf(x *index.Index) []Range {
+	var order []Range
+	for _, r := range x.First {
+		order = append(order, Range{Off: r.Off, Len: r.Len})
+	}
+	return order
 }
 
 // Order is what the first readers of the layer read, in order and without repeats: as

@@ -23,6 +23,9 @@ type program struct {
 // The nodes of the world: candidates run on the first one, and a peer that has everything on the second.
 const nodes, here, there = 2, 1, 2
 
+// settle is what a peer is given, when it has all of an image, to compare it with its index and to note what is read of it first.
+const settle = 20 * time.Second
+
 // contestant is a candidate under the name that the report has for it.
 type contestant struct {
 	name string
@@ -204,7 +207,11 @@ func (c *contest) holder(ctx context.Context, kind candidate.Candidate) (err err
 		return err
 	}
 	_, _, err = m.Still(ctx)
-	if err := errors.Join(err, container.Close()); err != nil {
+	select {
+	case <-time.After(settle):
+	case <-ctx.Done():
+	}
+	if err := errors.Join(err, ctx.Err(), container.Close()); err != nil {
 		return err
 	}
 	c.peer = m
