@@ -3,6 +3,7 @@ package fetcher
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -36,6 +37,21 @@ func (f *Fetcher) OfferIndexes(get IndexFunc) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.index = get
+}
+
+// Known is what this node itself knows of the content of a blob, as OfferIndexes has it; ErrNoIndex when that is nothing.
+func (f *Fetcher) Known(ctx context.Context, d digest.Digest) ([]byte, error) {
+	f.mu.Lock()
+	get := f.index
+	f.mu.Unlock()
+	if get == nil {
+		return nil, ErrNoIndex
+	}
+	b, err := get(ctx, d)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoIndex, err)
+	}
+	return b, nil
 }
 
 // Index asks members that hold the blob what is in it, and hands what they say to

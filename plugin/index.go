@@ -37,6 +37,9 @@ An index says what files a layer has, and where in it they are. With it a node w
 starts containers of an image in plain gzip, zstd or tar before its layers are there, from the very first
 pull on. Nodes find it by themselves; who may pull the image may read it.
 
+An index can also say what containers read first, and then has places to begin reading there. It does when a node daemon
+fetches for this command, all of the image is on that node, and a container of it has run there.
+
 What the store lacks of the image is fetched first, for all its platforms or for that of --platform. Run
 it after each push, as the last step of a build. Indexes that are published already are not pushed
 again. A layer that brings a table of contents along (eStargz, zstd:chunked) is left out, because nodes use
@@ -108,7 +111,7 @@ type indexResult struct {
 	Index     digest.Digest // "" when there is none
 	IndexSize int64         // in bytes
 	Entries   int           // files, directories, links
-	Note      string        // why there is no index
+	Note      string        // why there is no index, or what else is in it
 
 	Referrer digest.Digest // "" when nothing is published
 	Pushed   bool          // not when it was there

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -180,8 +181,46 @@ func (ix *indexer) make(ctx context.Context, src Source, layers []ocispec.Descri
 	return g.Wait()
 }
 
+// knower is a Source that may know what is in a layer, and what of it is read first: a node on which containers of the
+// image have run.
+type knower interface {
+	// Index is what the node tells others of a layer: a line, and an index unless it has none that it has compared with the layer.
+	Index(ctx context.Context, desc ocispec.Descriptor) ([]byte, error)
+}
+
+// ask takes the index that the source has, and reports whether there is one.
+func (m *madeIndex) ask(ctx context.Context, src Source, l ocispec.Descriptor) bool {
+	k, ok := src.(knower)
+	if !ok {
+		return false
+	}
+	told, err := k.Index(ctx, l)
+	if err != nil {
+		return false // it is made here then
+	}
+	_, text, _ := bytes.Cut(told, []byte{'\n'})
+	if len(text) == 0 || len(text) > indexes.MaxIndex {
+		return false
+	}
+	x, err := indexes.Decode(text, l, "")
+	if err != nil {
+		return false
+	}
+	m.diffID, m.entries, m.layer = x.DiffID, len(x.Entries), indexes.Layer{Digest: l.Digest, Text: text}
+	if m.kind == "" {
+		m.kind = string(x.Compression)
+	}
+	if len(x.First) > 0 {
+		m.note = "with what containers on the node read first"
+	}
+	return true
+}
+
 // make indexes a layer.
 func (m *madeIndex) make(ctx context.Context, src Source, l ocispec.Descriptor) error {
+	if m.ask(ctx, src, l) {
+		return nil
+	}
 	r, err := src.Open(ctx, l)
 	if err != nil {
 		return err

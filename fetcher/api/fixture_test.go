@@ -133,6 +133,7 @@ type world struct {
 	registry *rig.Registry
 	img      *image.Image
 	store    *store.Store
+	fetcher  *fetcher.Fetcher
 	server   *Server
 	socket   string
 	client   *Client
@@ -180,6 +181,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
+	w.fetcher = f
 	w.server = NewServer(ServerOptions{
 		Fetcher: f,
 		Origin: func(req ImageRequest) (*origin.Client, error) {

@@ -81,6 +81,7 @@ func NewServer(o ServerOptions) *Server {
 	s.mux.HandleFunc("POST /quay/v1/images", s.open)
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/content/{digest}", s.with(s.content))
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/content/{digest}/fault", s.with(s.fault))
+	s.mux.HandleFunc("GET /quay/v1/images/{session}/index/{digest}", s.with(s.index))
 	s.mux.HandleFunc("GET /quay/v1/images/{session}/progress", s.with(s.progress))
 	s.mux.HandleFunc("POST /quay/v1/images/{session}/fetch", s.with(s.fetch))
 	s.mux.HandleFunc("POST /quay/v1/images/{session}/torrents/{digest}", s.with(s.publish))

@@ -70,6 +70,12 @@ func TestLazy(t *testing.T) {
 			if most := img.Size() + img.Size()/4; w.served() > most {
 				t.Errorf("the registry served %d bytes of an image of %d", w.served(), img.Size())
 			}
+			if f == image.Gzip {
+				w.until("an index that knows what the container read first", func() bool {
+					o := r.user.quay("index", "--output", w.dir("indexes"), "--format", "{{.Note}}", ref)
+					return o.code == 0 && strings.Contains(o.stdout, "read first")
+				})
+			}
 		})
 	}
 }

@@ -2,6 +2,7 @@ package published
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -203,6 +204,10 @@ func (f *Finder) ask(ctx context.Context, l *look, repo Repository, manifest dig
 				l.found[e.layer] = append(had, e)
 			}
 		}
+	}
+	for _, had := range l.found {
+		// The one with the most places to begin at first.
+		slices.SortStableFunc(had, func(a, b entry) int { return cmp.Compare(b.size, a.size) })
 	}
 	switch {
 	case ctx.Err() != nil:

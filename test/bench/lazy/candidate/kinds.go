@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/test/daemon"
 	"github.com/docker-quay/docker-quay/test/image"
 	"github.com/docker-quay/docker-quay/test/rig"
@@ -67,12 +68,20 @@ type Quay struct {
 func (q Quay) Format() image.Format { return q.Layers }
 
 func (q Quay) start(ctx context.Context, m *Machine, peers []*Machine, o *rig.ContainerdOptions) error {
+	// A machine without peers is alone in its cluster: one that was here before may still be called by its former peers.
+	m.secret = filepath.Join(m.dir, "secret")
 	var others []*rig.Node
 	for _, p := range peers {
+		m.secret = p.secret
 		others = append(others, p.node)
 	}
+	if len(peers) == 0 {
+		if err := trust.NewSecret().Save(m.secret); err != nil {
+			return err
+		}
+	}
 	d, err := daemon.Start(ctx, daemon.Options{
-		Rig: m.world.rig, Name: m.name + "-quay", Dir: m.dir, Node: m.node, Secret: m.world.secret, Peers: others,
+		Rig: m.world.rig, Name: m.name + "-quay", Dir: m.dir, Node: m.node, Secret: m.secret, Peers: others,
 		Config: q.Config, SnapshotterConfig: fmt.Sprintf("lazy = %t", q.Lazy),
 	})
 	if err != nil {

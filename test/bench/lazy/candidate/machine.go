@@ -28,6 +28,7 @@ type Machine struct {
 	name        string
 	dir         string // what the candidate has beside containerd
 	certs       string // certs.d root
+	secret      string // the file with its cluster's secret
 	node        *rig.Node
 	containerd  *rig.Containerd
 	client      *containerd.Client

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/docker-quay/docker-quay/fetcher/trust"
 	"github.com/docker-quay/docker-quay/test/image"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
@@ -35,7 +34,6 @@ type World struct {
 	network  *rig.Network
 	registry *rig.Registry
 	address  string // of the registry, for machines
-	secret   string // the file with the cluster's secret
 	machines int    // so far
 }
 
@@ -70,12 +68,7 @@ func NewWorld(ctx context.Context, o Options) (*World, error) {
 	default:
 		w.address = w.registry.Addr()
 	}
-	dir, err := o.Rig.Dir("secrets" + o.Name)
-	if err != nil {
-		return nil, err
-	}
-	w.secret = filepath.Join(dir, "secret")
-	return w, trust.NewSecret().Save(w.secret)
+	return w, nil
 }
 
 // Push puts an image into the registry and returns its name for machines.
