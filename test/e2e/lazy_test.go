@@ -72,7 +72,7 @@ func TestLazy(t *testing.T) {
 			}
 			if f == image.Gzip {
 				w.until("an index that knows what the container read first", func() bool {
-					o := r.user.quay("index", "--output", w.dir("indexes"), "--format", "{{.Note}}", ref)
+					o := r.user.quay("index", "--socket", d.socket, "--output", w.dir("indexes"), "--format", "{{.Note}}", ref)
 					return o.code == 0 && strings.Contains(o.stdout, "read first")
 				})
 			}
