@@ -18,6 +18,11 @@ const (
 	// lostTries bounds how often a run may end well without the chunk that was asked
 	// for, which only a decoder that leaves chunks out does.
 	lostTries = 16
+	// mentionAfter is how long a container waits before the log says so: longer than any
+	// round trip, and than what a busy link takes for a window. mentionEvery is how often it
+	// says so of a layer.
+	mentionAfter = 5 * time.Second
+	mentionEvery = 30 * time.Second
 )
 
 // demand returns when the chunks from first to last are present, of which somebody reads some from off.
@@ -27,6 +32,7 @@ func (l *layer) demand(ctx context.Context, off int64, first, last int) error {
 	begun := time.Now()
 	l.stats.waits.Add(1)
 	defer func() { l.stats.waited.Add(int64(time.Since(begun))) }()
+	defer time.AfterFunc(mentionAfter, func() { l.mention(errSlow) }).Stop()
 	return l.fetch(ctx, first, last, Demand, func(ld *loaded) { l.aheadLocked(ld, off, first, last) })
 }
 
@@ -37,7 +43,11 @@ func (l *layer) fetch(ctx context.Context, first, last int, prio Priority, also 
 	for c := first; ; {
 		l.mu.Lock()
 		if c = l.has.missing(c, last); c < 0 {
+			told := l.waiting
 			l.mu.Unlock()
+			if told && prio == Demand {
+				l.unmention()
+			}
 			return nil
 		}
 		if err := l.usableLocked(prio); err != nil {
@@ -99,11 +109,47 @@ func (l *layer) fetch(ctx context.Context, first, last int, prio Priority, also 
 			if err := t.again(ctx, r.err, l.s.patience); err != nil {
 				return l.failed(c, err)
 			}
+			if prio == Demand && t.n > 1 { // once may be chance
+				l.mention(t.last)
+			}
 		default: // the run has passed the chunk without it, or the chunk was dropped
 			if t.lost++; t.lost > lostTries {
 				return l.failed(c, errors.New("the decoder leaves it out"))
 			}
 		}
+	}
+}
+
+// errSlow is why a read waits when nothing has failed.
+var errSlow = errors.New("no answer yet")
+
+// mention tells the log that a container waits, and why.
+func (l *layer) mention(why error) {
+	l.mu.Lock()
+	least := mentionAfter
+	if l.waiting {
+		least = mentionEvery
+	}
+	first := l.mentioned.IsZero() || time.Since(l.mentioned) > least
+	if first {
+		l.waiting, l.mentioned = true, time.Now()
+	}
+	l.mu.Unlock()
+	if first {
+		l.s.log.Warn("A container waits for bytes of a layer. It gets an error when they cannot be had in time.",
+			"layer", l.info.Blob, "within", l.s.patience.String(), "error", why)
+	}
+}
+
+// unmention tells it that bytes come again, when it was told that they do not.
+func (l *layer) unmention() {
+	l.mu.Lock()
+	was, since := l.waiting, l.mentioned
+	l.waiting = false
+	l.mu.Unlock()
+	if was {
+		l.s.log.Info("The bytes of a layer that a container waited for have come.",
+			"layer", l.info.Blob, "after", time.Since(since).Round(time.Millisecond).String())
 	}
 }
 

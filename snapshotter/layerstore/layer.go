@@ -62,6 +62,9 @@ type layer struct {
 	idx      *loaded       // nil when it is not needed
 	done     chan struct{} // closed when complete is set
 
+	waiting   bool      // the log was told that somebody waits, and not that this is over
+	mentioned time.Time // when it was told
+
 	src source
 }
 
