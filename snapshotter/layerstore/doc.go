@@ -72,8 +72,8 @@
 //
 // # Errors
 //
-// [ErrNoSpace] when the quota or the disk is full, after what nobody uses was evicted;
-// the next read tries again. [ErrCorrupt] when the blob's bytes do not decode to what
+// [ErrNoSpace] when the disk is full, after what nobody uses was evicted; the next read tries
+// again. A full quota is one too, but not for reads with [Demand]. [ErrCorrupt] when the blob's bytes do not decode to what
 // the index says, after they were fetched again. What the source answers is tried again
 // for [Options.Patience], within the reader's context.
 package layerstore

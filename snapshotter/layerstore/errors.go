@@ -12,8 +12,8 @@ var (
 	ErrClosed = errors.New("closed")
 	// ErrRemoved: the layer was removed while it was being filled.
 	ErrRemoved = errors.New("the layer was removed")
-	// ErrNoSpace: the quota is reached or the disk full, and nothing unused is left
-	// to evict. It is also syscall.ENOSPC.
+	// ErrNoSpace: the disk is full or, for what nobody waits for, the quota reached, and
+	// nothing unused is left to evict. It is also syscall.ENOSPC.
 	ErrNoSpace error = noSpace{}
 	// ErrCorrupt: the blob does not decode to what the layer's index says.
 	ErrCorrupt = errors.New("the blob does not match the layer's index")

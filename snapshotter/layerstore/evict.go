@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -11,6 +12,9 @@ import (
 // headroom is the part of the quota (one in headroom) that only reads that somebody
 // waits for may fill: the background shall not be why a container cannot read.
 const headroom = 20
+
+// passedEvery is how often the log says that the quota is passed.
+const passedEvery = time.Minute
 
 // Usage is what a store takes.
 type Usage struct {
@@ -51,32 +55,42 @@ func (h *Layer) Usage() int64 {
 }
 
 // charge counts n bytes that are about to be written (to l, unless it is nil), after
-// room was made for them.
+// room was made for them. Demand goes beyond the quota: that bounds what is kept, and is no
+// reason to fail a container.
 func (s *Store) charge(l *layer, n int64, prio Priority) error {
-	if s.opts.Quota > 0 {
-		most := s.opts.Quota
-		if prio == Background {
-			most -= most / headroom
-		}
-		for {
-			used := s.charged.Load()
-			if used+n > most {
-				if !s.evict(used + n - most) {
-					return fmt.Errorf("%w: %d of the %d bytes of the quota are in use", ErrNoSpace, used, s.opts.Quota)
-				}
+	most := s.opts.Quota
+	if prio == Background {
+		most -= most / headroom
+	}
+	for {
+		used := s.charged.Load()
+		if s.opts.Quota > 0 && used+n > most {
+			if s.evict(used + n - most) {
 				continue
 			}
-			if s.charged.CompareAndSwap(used, used+n) {
-				break
+			if prio < Demand {
+				return fmt.Errorf("%w: %d of the %d bytes of the quota are in use", ErrNoSpace, used, s.opts.Quota)
 			}
+			s.passed(used + n)
 		}
-	} else {
-		s.charged.Add(n)
+		if s.charged.CompareAndSwap(used, used+n) {
+			break
+		}
 	}
 	if l != nil {
 		l.charged.Add(n)
 	}
 	return nil
+}
+
+// passed tells the log that more is in use than the quota allows.
+func (s *Store) passed(used int64) {
+	now, last := time.Now(), s.told.Load()
+	if last != nil && now.Sub(*last) < passedEvery || !s.told.CompareAndSwap(last, &now) {
+		return
+	}
+	s.log.Warn("Containers read more than the quota of layers has room for. It is kept beyond the quota, and nothing else is; raise it, or run fewer images.",
+		"bytes", used, "quota", s.opts.Quota)
 }
 
 func (s *Store) refund(l *layer, n int64) {

@@ -174,7 +174,11 @@ func (r *run) put(c int, p []byte) error {
 		return err
 	}
 	l := r.l
-	if err := l.keep(c, p, r.base); err != nil {
+	prio := r.base
+	if _, waited := r.hurried(); waited {
+		prio = Demand
+	}
+	if err := l.keep(c, p, prio); err != nil {
 		return err
 	}
 	l.mu.Lock()

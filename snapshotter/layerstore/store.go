@@ -34,7 +34,7 @@ const (
 
 // Options are those of a store; the zero value of each but Meta has a meaning.
 type Options struct {
-	// Quota bounds what the layers take on disk, in bytes; 0 is no bound.
+	// Quota bounds what the layers take on disk, in bytes, but for what reads with Demand need; 0 is no bound.
 	Quota int64
 	// Meta writes the EROFS image of a layer.
 	Meta func(w io.Writer, x *index.Index) error
@@ -60,6 +60,7 @@ type Store struct {
 	hurry   hurry
 	parked  atomic.Int32
 	charged atomic.Int64
+	told    atomic.Pointer[time.Time] // when the log last heard of a passed quota
 
 	ctx    context.Context
 	cancel context.CancelFunc

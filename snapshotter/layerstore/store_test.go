@@ -211,19 +211,23 @@ func TestQuotaEvictsWhatNobodyUses(t *testing.T) {
 		t.Fatal(err)
 	}
 	lazy := create(t, s, sms[3], newMemory(sms[3].blob))
-	var err error
-	for off := int64(0); off < 5<<20 && err == nil; off += index.DefaultChunkSize {
-		err = lazy.ReadAt(t.Context(), make([]byte, 10), off)
-	}
-	if !errors.Is(err, ErrNoSpace) {
+	if err := lazy.Prefetch(t.Context(), []Range{{Off: 0, Len: 5 << 20}}); !errors.Is(err, ErrNoSpace) {
 		t.Fatal(err)
 	}
-	check(t, a, sms[0], 0, 5<<20)
 	if u := s.Usage(); u.Bytes > 12<<20 || u.InUse != 3 {
 		t.Errorf("usage %+v", u)
 	}
+	// But who waits for bytes gets them.
+	check(t, lazy, sms[3], 0, 4<<20)
+	check(t, a, sms[0], 0, 5<<20)
+	if u := s.Usage(); u.Bytes < 13<<20 || u.InUse != 3 {
+		t.Errorf("usage %+v", u)
+	}
 	c.Close()
-	check(t, lazy, sms[3], 0, 5<<20)
+	check(t, lazy, sms[3], 4<<20, 1<<20)
+	if u := s.Usage(); u.Bytes > 12<<20 || u.InUse != 2 {
+		t.Errorf("usage %+v", u)
+	}
 }
 
 func TestEvictionTakesTheLongestUnused(t *testing.T) {
