@@ -173,6 +173,84 @@ func TestEROFSKeeperKilled(t *testing.T) {
 	})
 }
 
+// TestEROFSClockJump: every file that the daemon has left is of yesterday, or of tomorrow, for the next one. It takes over what is
+// mounted, reads what is there, and fetches the rest.
+func TestEROFSClockJump(t *testing.T) {
+	for name, by := range map[string]time.Duration{"ahead": -24 * time.Hour, "back": 24 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			img := lazytest.NewImage()
+			part, want := layerOf(t, lazytest.EStargz, "part")
+			whole, _ := layerOf(t, lazytest.Gzip, "whole")
+			img.Add(part)
+			img.Add(whole)
+			let := img.Hold()
+			r := newEROFS(t, img)
+			r.layer("part", "", part)
+			r.layer("whole", "part", whole)
+			mounts := mountsBelow(t, filepath.Join(r.root, "snapshots"))
+			f, err := os.Open(filepath.Join(mounts[0], "part"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			read := func(off int) {
+				t.Helper()
+				b := make([]byte, 4096)
+				if _, err := f.ReadAt(b, int64(off)); err != nil || string(b) != want[off:off+len(b)] {
+					t.Errorf("at %d: %v", off, err)
+				}
+			}
+			read(0)
+			if err := r.Close(); err != nil {
+				t.Fatal(err)
+			}
+			then := time.Now().Add(by)
+			for _, dir := range []string{r.erofs.Store, r.root} {
+				setTimes(t, dir, then)
+			}
+			r.open(nil)
+			if d := cmp.Diff(mounts, mountsBelow(t, filepath.Join(r.root, "snapshots"))); d != "" {
+				t.Error("mounts after the start:", d)
+			}
+			read(0)
+			read(len(want) / 2)
+			let()
+			eventually(t, func() bool { return r.layers.Status().Data == 2 })
+			r.in("whole", func(dir string) {
+				if d := cmp.Diff(describe(t, unpacked(t, part, whole)), describe(t, dir)); d != "" {
+					t.Error(d)
+				}
+			})
+		})
+	}
+}
+
+// setTimes gives one time to all files below a folder that are on its file system.
+func setTimes(t *testing.T, dir string, to time.Time) {
+	t.Helper()
+	var own unix.Stat_t
+	if err := unix.Stat(dir, &own); err != nil {
+		t.Fatal(err)
+	}
+	var times [2]unix.Timespec
+	for i := range times {
+		times[i] = unix.NsecToTimespec(to.UnixNano())
+	}
+	err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err != nil || unix.Lstat(path, &st) != nil {
+			return err
+		}
+		if st.Dev != own.Dev {
+			return filepath.SkipDir
+		}
+		return unix.UtimesNanoAt(unix.AT_FDCWD, path, times[:], unix.AT_SYMLINK_NOFOLLOW)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestEROFSOldMounts: a container that was started before its layer was complete reads on by way of the daemon, which knows of
 // it after a restart, and when its image was removed.
 func TestEROFSOldMounts(t *testing.T) {

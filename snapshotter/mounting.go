@@ -97,8 +97,13 @@ func chooseMount(want, dir, self, socket string) (chosen, error) {
 func removeProbes(dir string) {
 	left, _ := filepath.Glob(filepath.Join(dir, "erofs-probe-*"))
 	for _, path := range left {
-		// One that is younger may be another daemon's that is about to find out that it is the second.
-		if i, err := os.Lstat(path); err != nil || time.Since(i.ModTime()) < probeAge {
+		// One that is younger may be another daemon's that is about to find out that it is the second. One of the future is
+		// from before the clock was set back.
+		i, err := os.Lstat(path)
+		if err != nil {
+			continue
+		}
+		if age := time.Since(i.ModTime()); age >= 0 && age < probeAge {
 			continue
 		}
 		for _, sub := range []string{"overlay", "mnt"} {

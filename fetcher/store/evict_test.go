@@ -204,3 +204,18 @@ func TestPins(t *testing.T) {
 	want(t, "remove", s.Remove(d), ErrPinned)
 	checkModes(t, dir)
 }
+
+// TestUseAfterTheClockWasSetBack: that is recorded at once, not when the clock has come to where it was.
+func TestUseAfterTheClockWasSetBack(t *testing.T) {
+	s := openStore(t, t.TempDir(), 0)
+	d := fill(t, s, mib)
+	b := openBlob(t, s, d, mib)
+	ahead := time.Now().Add(24 * time.Hour)
+	used(t, s, d, -24*60)
+	b.state.touched.Store(ahead.UnixNano())
+	b.state.touch()
+	fi, err := os.Stat(filepath.Join(s.blobDir(d), fileUsed))
+	if err != nil || time.Until(fi.ModTime()) > time.Minute {
+		t.Errorf("the blob was last used at %v, %v", fi.ModTime(), err)
+	}
+}

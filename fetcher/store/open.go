@@ -370,7 +370,8 @@ const touchEvery = time.Minute
 func (st *state) touch() {
 	now := time.Now()
 	last := st.touched.Load()
-	if now.UnixNano()-last < int64(touchEvery) || !st.touched.CompareAndSwap(last, now.UnixNano()) {
+	ago := now.UnixNano() - last // below 0 after the clock was set back
+	if ago >= 0 && ago < int64(touchEvery) || !st.touched.CompareAndSwap(last, now.UnixNano()) {
 		return
 	}
 	if err := os.Chtimes(filepath.Join(st.dir, fileUsed), now, now); err != nil {

@@ -19,8 +19,9 @@ type Stats struct {
 
 type counters struct {
 	reads, bytes, errors, interrupted, waited atomic.Uint64
-	wait                                      atomic.Int64 // nanoseconds
-	logged, unlogged                          atomic.Int64 // of failed reads: last time, in Unix nanoseconds; number since
+	wait                                      atomic.Int64              // nanoseconds
+	logged                                    atomic.Pointer[time.Time] // when a failed read was last logged: with the clock that does not jump
+	unlogged                                  atomic.Int64              // how many failed since
 }
 
 // Stats tells what happened so far.
@@ -42,8 +43,8 @@ const logEvery = 5 * time.Second
 // logFailure writes the first failure at once, then one each logEvery.
 func (s *Server) logFailure(f *file, id uint64, off int64, n int, err error) {
 	s.count.errors.Add(1)
-	now, last := time.Now().UnixNano(), s.count.logged.Load()
-	if now-last < int64(logEvery) || !s.count.logged.CompareAndSwap(last, now) {
+	now, last := time.Now(), s.count.logged.Load()
+	if last != nil && now.Sub(*last) < logEvery || !s.count.logged.CompareAndSwap(last, &now) {
 		s.count.unlogged.Add(1)
 		return
 	}

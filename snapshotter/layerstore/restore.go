@@ -113,7 +113,10 @@ func (s *Store) restoreLayer(name string) (*layer, error) {
 		return nil, err
 	}
 	l.charged.Add(st.Blocks * 512)
-	l.lastUsed = time.Unix(st.Mtim.Sec, st.Mtim.Nsec)
+	// A time that is still to come is from before the clock was set back: it would be the latest for ever.
+	if l.lastUsed = time.Unix(st.Mtim.Sec, st.Mtim.Nsec); time.Until(l.lastUsed) > 0 {
+		l.lastUsed = time.Now()
+	}
 	return l, nil
 }
 

@@ -256,6 +256,34 @@ func TestEvictionTakesTheLongestUnused(t *testing.T) {
 	}
 }
 
+// TestTimesToComeAreNow: the clock was ahead by a day when a layer was last used.
+func TestTimesToComeAreNow(t *testing.T) {
+	dir := t.TempDir()
+	s := openStore(t, dir, Options{})
+	var sms []sample
+	for i := range uint64(2) {
+		sms = append(sms, newSample(56+i, 1<<20))
+		unpack(t, s, sms[i]).Close()
+	}
+	s.Close()
+	ahead := time.Now().Add(24 * time.Hour)
+	if err := os.Chtimes(filepath.Join(dir, dirLayers, folderName(sms[0].x.Blob), fileInfo), ahead, ahead); err != nil {
+		t.Fatal(err)
+	}
+	s = openStore(t, dir, Options{})
+	h, err := s.Get(sms[1].x.Blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Close()
+	if !s.evict(1) {
+		t.Fatal("nothing was evicted")
+	}
+	if _, err := s.Get(sms[0].x.Blob); !errors.Is(err, ErrNotFound) {
+		t.Errorf("what was used longest ago is not what was evicted: %v", err)
+	}
+}
+
 func TestStoreHasOneOwner(t *testing.T) {
 	dir := t.TempDir()
 	openStore(t, dir, Options{})
