@@ -7,9 +7,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/docker-quay/docker-quay/snapshotter/erofs"
@@ -82,6 +84,10 @@ func chooseMount(want, dir, self, socket string) (chosen, error) {
 		removeProbes(dir)
 		support, why = erofs.Probe(dir)
 	}
+	if support == erofs.None && (errors.Is(why, unix.ENOSPC) || errors.Is(why, unix.EDQUOT)) {
+		// That says nothing of the kernel, and another way would be the end of what is mounted.
+		return formerly(dir, why)
+	}
 	switch {
 	case support == erofs.FileBacked:
 		return chosen{way: MountEROFS, why: "the kernel mounts it from files"}, nil
@@ -91,6 +97,22 @@ func chooseMount(want, dir, self, socket string) (chosen, error) {
 		return chosen{}, fmt.Errorf("lazy.mount = %q does not work: %w", want, why)
 	}
 	return chosen{way: MountFUSE, why: why.Error()}, nil
+}
+
+// formerly is how layers that lie in dir were mounted by a former daemon: the way when there is no room to try any.
+func formerly(dir string, why error) (chosen, error) {
+	here, err := filepath.Glob(filepath.Join(dir, "layers", "*", "meta.erofs"))
+	if err != nil || len(here) == 0 {
+		return chosen{}, fmt.Errorf("how layers can be mounted cannot be found out; make room: %w", why)
+	}
+	loops, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
+		ours := i.FSType == "erofs" && strings.HasPrefix(i.Mountpoint, filepath.Dir(dir)+"/")
+		return !ours || !strings.HasPrefix(i.Source, "/dev/loop"), false
+	})
+	if err != nil {
+		return chosen{}, fmt.Errorf("the mounts of this system cannot be listed: %w", err)
+	}
+	return chosen{way: MountEROFS, why: "as before, there is no room to try: " + why.Error(), loop: len(loops) > 0}, nil
 }
 
 // removeProbes clears away what a daemon left that was killed while it probed.
