@@ -77,7 +77,7 @@ func whyNot(err error) string {
 	switch {
 	case errors.Is(err, unix.ENOTBLK):
 		return "the kernel mounts EROFS from plain files only since Linux 6.12 (CONFIG_EROFS_FS_BACKED_BY_FILE), " +
-			"and not from files on overlayfs"
+			"and not from files on overlayfs or tmpfs"
 	case errors.Is(err, unix.ENODEV):
 		return "the kernel has no EROFS (CONFIG_EROFS_FS; modprobe erofs)"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
