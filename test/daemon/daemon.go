@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,6 +45,8 @@ type Options struct {
 	Config string
 	// SnapshotterConfig is added to the section [snapshotter].
 	SnapshotterConfig string
+	// Program is the daemon's binary; "": the one that was built.
+	Program string
 }
 
 // Daemon is a node daemon.
@@ -57,8 +60,9 @@ type Daemon struct {
 	Logins      string // the folder with the node's own logins; made by who has any
 	Process     *rig.Process
 
-	rig    *rig.Rig
-	config string // the file
+	rig     *rig.Rig
+	program string
+	config  string // the file
 }
 
 // Address is how others reach the daemon of a node.
@@ -67,7 +71,7 @@ func Address(n *rig.Node) string { return fmt.Sprintf("%s:%d", n.Addr, PeerPort)
 // Start writes the configuration of a daemon and starts it.
 func Start(ctx context.Context, o Options) (*Daemon, error) {
 	d := &Daemon{
-		Name: o.Name, Node: o.Node, rig: o.Rig,
+		Name: o.Name, Node: o.Node, rig: o.Rig, program: cmp.Or(o.Program, "containerd-quay-grpc"),
 		Root: filepath.Join(o.Dir, "root"), Store: filepath.Join(o.Dir, "root", "store"),
 		Socket: filepath.Join(o.Dir, "api.sock"), Snapshotter: filepath.Join(o.Dir, "sn.sock"),
 		CertsDir: filepath.Join(o.Dir, "certs.d"), Logins: filepath.Join(o.Dir, "docker"),
@@ -118,7 +122,7 @@ docker_config = %q
 // Start starts it again after it ended, with what it held. It returns when the node API answers.
 func (d *Daemon) Start(ctx context.Context) (err error) {
 	d.Process, err = d.rig.Start(ctx, rig.Command{
-		Name: d.Name, Path: "containerd-quay-grpc", Args: []string{"--config", d.config}, Node: d.Node,
+		Name: d.Name, Path: d.program, Args: []string{"--config", d.config}, Node: d.Node,
 		// Not what the service manager of this process wants to hear.
 		Env: []string{"NOTIFY_SOCKET="},
 		Ready: func(ctx context.Context) error {

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"strings"
+
 	nodedaemon "github.com/docker-quay/docker-quay/test/daemon"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
@@ -22,6 +24,8 @@ type daemonOptions struct {
 	peers []*rig.Node // others to say hello to
 	// config is added to the configuration.
 	config string
+	// program is its binary; "": the one that was built.
+	program string
 }
 
 // daemon starts the node daemon of a node: a member of the cluster that trusts the registry's certificate and has no login.
@@ -30,6 +34,7 @@ func (w *world) daemon(node *rig.Node, o daemonOptions) *daemon {
 	name := "quay-" + node.Name
 	d, err := nodedaemon.Start(w.ctx, nodedaemon.Options{
 		Rig: w.rig, Name: name, Dir: w.dir(name), Node: node, Secret: w.secret, Peers: o.peers, Registry: w.registry, Config: o.config,
+		Program: o.program,
 	})
 	w.must(err)
 	return &daemon{
@@ -44,6 +49,9 @@ func (d *daemon) start() {
 	d.w.must(d.started.Start(d.w.ctx))
 	d.process = d.started.Process
 }
+
+// logs tells whether a text is in its log.
+func (d *daemon) logs(text string) bool { return strings.Contains(d.process.Log(), text) }
 
 // login gives the node itself access to the registry, as its mirror and its snapshotter need.
 func (d *daemon) login() {

@@ -20,8 +20,8 @@ import (
 const (
 	// killsEnv is how many times TestKillStorm kills the daemon: the 200 of the acceptance take minutes.
 	killsEnv = "QUAY_TEST_KILLS"
-	// slowRate keeps the image from being complete before the storm is over.
-	slowRate = "4MiB"
+	// stormConfig keeps the image from being complete before the storm is over.
+	stormConfig = "[limits]\ndownload = \"4MiB\"\n[lazy]\nquiet = \"1h\"\n"
 )
 
 // needsEROFS skips a test where the daemon mounts layers by FUSE.
@@ -161,7 +161,7 @@ func TestKillStorm(t *testing.T) {
 	w := newWorldFor(t, 1, private, testTimeout+time.Duration(kills)*3*time.Second)
 	ref := w.push(img, "demo", "storm")
 	n := w.network.Node(1)
-	d := w.daemon(n, daemonOptions{config: "[limits]\ndownload = \"" + slowRate + "\"\n[lazy]\nquiet = \"1h\"\n"})
+	d := w.daemon(n, daemonOptions{config: stormConfig})
 	d.needsEROFS()
 	d.login()
 	c := w.containerd(n, d)

@@ -21,34 +21,15 @@ var environment = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/b
 // Busybox is an image of three layers around the machine's static busybox, under 2 MB: the programs, the files that a
 // program expects, and /app/hello, its command, which prints "hello from busybox".
 func Busybox(ctx context.Context, cache string, format Format) (*Image, error) {
-	binary, err := os.ReadFile("/bin/busybox")
+	binary, applets, err := busybox(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("the small image needs Debian's busybox-static: %w", err)
-	}
-	applets, err := exec.CommandContext(ctx, "/bin/busybox", "--list").Output()
-	if err != nil {
-		return nil, fmt.Errorf("list the programs of busybox: %w", err)
+		return nil, err
 	}
 	name := "busybox-" + recipe(busyboxRecipe, digest.FromBytes(binary).String()) + "-" + format.String()
 	dir, err := cached(ctx, cache, name, func(_ context.Context, dir string) error {
-		programs := Tree{}
-		programs.AddFile("bin/busybox", 0o755, binary)
-		for _, applet := range strings.Fields(string(applets)) {
-			if applet != "busybox" {
-				programs.AddLink("bin/"+applet, "busybox")
-			}
-		}
-		base := Tree{}
-		base.AddFile("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"))
-		base.AddFile("etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
-		base.AddDir("root", 0o700)
-		base.AddDir("tmp", 0o1777)
-		for _, d := range []string{"dev", "proc", "sys", "run", "usr/bin"} {
-			base.AddDir(d, 0o755)
-		}
+		programs, base := busyboxTrees(binary, applets)
 		app := Tree{}
 		app.AddFile("app/hello", 0o755, []byte("#!/bin/sh\necho hello from busybox\n"))
-
 		l := &layout{dir: dir}
 		for _, layer := range []struct {
 			tree    Tree
@@ -64,6 +45,36 @@ func Busybox(ctx context.Context, cache string, format Format) (*Image, error) {
 		return nil, err
 	}
 	return Load(dir)
+}
+
+// busybox is the machine's, and the names of its programs, one a line.
+func busybox(ctx context.Context) (binary, applets []byte, err error) {
+	if binary, err = os.ReadFile("/bin/busybox"); err != nil {
+		return nil, nil, fmt.Errorf("the small image needs Debian's busybox-static: %w", err)
+	}
+	if applets, err = exec.CommandContext(ctx, "/bin/busybox", "--list").Output(); err != nil {
+		return nil, nil, fmt.Errorf("list the programs of busybox: %w", err)
+	}
+	return binary, applets, nil
+}
+
+// busyboxTrees are its programs, and the files that a program expects.
+func busyboxTrees(binary, applets []byte) (programs, base Tree) {
+	programs, base = Tree{}, Tree{}
+	programs.AddFile("bin/busybox", 0o755, binary)
+	for _, applet := range strings.Fields(string(applets)) {
+		if applet != "busybox" {
+			programs.AddLink("bin/"+applet, "busybox")
+		}
+	}
+	base.AddFile("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"))
+	base.AddFile("etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
+	base.AddDir("root", 0o700)
+	base.AddDir("tmp", 0o1777)
+	for _, d := range []string{"dev", "proc", "sys", "run", "usr/bin"} {
+		base.AddDir(d, 0o755)
+	}
+	return programs, base
 }
 
 // addTree adds a tree as a layer.

@@ -82,17 +82,30 @@ func (i *Image) root() (Tree, error) {
 
 // FileSums are the SHA-256 of the contents of the image's regular files, in hexadecimal, by their absolute paths.
 func (i *Image) FileSums() (map[string]string, error) {
-	root, err := i.root()
+	files, err := i.FileBytes()
 	if err != nil {
 		return nil, err
 	}
 	sums := map[string]string{}
-	for name, e := range root {
-		if e.Header.Typeflag == tar.TypeReg {
-			sums["/"+name] = fmt.Sprintf("%x", sha256.Sum256(e.Body))
-		}
+	for name, body := range files {
+		sums[name] = fmt.Sprintf("%x", sha256.Sum256(body))
 	}
 	return sums, nil
+}
+
+// FileBytes are the contents themselves.
+func (i *Image) FileBytes() (map[string][]byte, error) {
+	root, err := i.root()
+	if err != nil {
+		return nil, err
+	}
+	files := map[string][]byte{}
+	for name, e := range root {
+		if e.Header.Typeflag == tar.TypeReg {
+			files["/"+name] = e.Body
+		}
+	}
+	return files, nil
 }
 
 // apply puts a layer over t: whiteouts first (OCI image-spec, layer.md), then what is in it, hard links as what they link to.

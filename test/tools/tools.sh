@@ -33,13 +33,14 @@ mkdir -p "$bin" "$stamps"
 #   fuse3                fusermount for FUSE trees
 #   iptables iproute2    engine bridges; namespaces, links, shaping
 #   util-linux mount     nsenter, mount
+#   e2fsprogs xfsprogs   file systems for nodes' stores: small ones that get full, and xfs
 #   libdevmapper1.02.1   linked by the classic engine
 #   libsystemd0          likewise
 #   mktorrent            another program's .torrent files, to compare ours with
 #   aria2 transmission-daemon qbittorrent-nox   BitTorrent clients of others: they download from us, and give back
 #   opentracker          somebody else's tracker, likewise
 #   git ca-certificates  version stamp; TLS to the Go module proxy
-packages="runc busybox-static mmdebstrap fuse3 iptables iproute2 util-linux mount libdevmapper1.02.1 libsystemd0 mktorrent aria2 transmission-daemon qbittorrent-nox opentracker git ca-certificates"
+packages="runc busybox-static mmdebstrap fuse3 iptables iproute2 util-linux mount e2fsprogs xfsprogs libdevmapper1.02.1 libsystemd0 mktorrent aria2 transmission-daemon qbittorrent-nox opentracker git ca-certificates"
 
 say() { echo "tools: $*" >&2; }
 
