@@ -62,6 +62,7 @@ type place struct {
 	turn   chan struct{} // holds one token; who has it may mount and unmount
 	m      *mounted      // guarded by FileSystem.mu
 	cancel func()        // ends the mount in progress; guarded by FileSystem.mu
+	ending int           // who waits to unmount; guarded by FileSystem.mu
 	users  int           // guarded by FileSystem.mu
 }
 
@@ -127,11 +128,20 @@ func (f *FileSystem) Unmount(ctx context.Context, at string) error {
 	if f.gone != nil {
 		f.gone[at] = true
 	}
-	if p := f.places[at]; p != nil && p.cancel != nil {
-		p.cancel()
+	before := f.places[at]
+	if before != nil {
+		before.ending++
+		if before.cancel != nil {
+			before.cancel()
+		}
 	}
 	f.mu.Unlock()
 	p, leave, err := f.enter(ctx, at)
+	if before != nil {
+		f.mu.Lock()
+		before.ending--
+		f.mu.Unlock()
+	}
 	if err != nil && !errors.Is(err, errClosed) {
 		return err
 	}
@@ -203,6 +213,9 @@ func (f *FileSystem) mount(ctx context.Context, p *place, at string, labels map[
 	defer stop()
 	f.mu.Lock()
 	p.cancel = cancel
+	if p.ending > 0 { // came between the turn and now
+		cancel()
+	}
 	f.mu.Unlock()
 
 	t, err := ParseLabels(labels)
