@@ -37,6 +37,8 @@ type Way struct {
 	PeersOnly bool
 	// Remote says that this node does not reach the registry.
 	Remote bool
+	// Needed is BlobOptions.Needed.
+	Needed bool
 }
 
 // Layer returns a handle on a blob of an image, as Blob does. On a node that does not
@@ -49,7 +51,7 @@ func (f *Fetcher) Layer(ctx context.Context, ref reference.Named, desc ocispec.D
 	if !w.PeersOnly && !remote && f.o.Reach != ThroughMembers {
 		source = w.Repository
 	}
-	b, err := f.Blob(ctx, ref, desc, BlobOptions{Origin: source})
+	b, err := f.Blob(ctx, ref, desc, BlobOptions{Origin: source, Needed: w.Needed})
 	if err != nil || !remote || w.PeersOnly || b.Complete() {
 		return b, err
 	}

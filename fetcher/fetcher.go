@@ -311,6 +311,8 @@ func (f *Fetcher) Store() *store.Store { return f.o.Store }
 type BlobOptions struct {
 	// Origin is the registry; nil for peers only.
 	Origin Origin
+	// Needed says that a container cannot go on without it: the store's quota does not refuse it.
+	Needed bool
 }
 
 // Blob returns a handle on a blob. It starts nothing: Fetch, Reader, ReadAt and
@@ -320,7 +322,7 @@ type BlobOptions struct {
 // It waits, bounded by ctx, when another process is fetching the same blob into
 // the same store.
 func (f *Fetcher) Blob(ctx context.Context, ref reference.Named, desc ocispec.Descriptor, o BlobOptions) (*Blob, error) {
-	d, err := f.download(ctx, desc)
+	d, err := f.download(ctx, desc, o.Needed)
 	if err != nil {
 		return nil, err
 	}
@@ -330,7 +332,7 @@ func (f *Fetcher) Blob(ctx context.Context, ref reference.Named, desc ocispec.De
 }
 
 // download returns the shared state of a blob with one more reference.
-func (f *Fetcher) download(ctx context.Context, desc ocispec.Descriptor) (*download, error) {
+func (f *Fetcher) download(ctx context.Context, desc ocispec.Descriptor, needed bool) (*download, error) {
 	if err := desc.Digest.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %q of a blob: %w", desc.Digest, err)
 	}
@@ -350,7 +352,11 @@ func (f *Fetcher) download(ctx context.Context, desc ocispec.Descriptor) (*downl
 		}
 		f.mu.Unlock()
 		// Opening may wait for another process: not under the lock.
-		st, err := f.o.Store.Blob(ctx, desc.Digest, desc.Size)
+		open := f.o.Store.Blob
+		if needed {
+			open = f.o.Store.Need
+		}
+		st, err := open(ctx, desc.Digest, desc.Size)
 		if err != nil {
 			return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 		}

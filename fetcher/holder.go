@@ -98,7 +98,7 @@ func (f *Fetcher) seed(ctx context.Context, dg digest.Digest, size int64) *downl
 	if err != nil || !info.Complete || info.Size != size {
 		return nil
 	}
-	d, err = f.download(ctx, ocispec.Descriptor{Digest: dg, Size: size})
+	d, err = f.download(ctx, ocispec.Descriptor{Digest: dg, Size: size}, false)
 	if err != nil {
 		f.log.Warn("cannot seed", "blob", dg, "err", err)
 		return nil

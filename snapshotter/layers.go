@@ -109,7 +109,7 @@ func (l *Layers) blobs(ctx context.Context, name reference.Named, repo *reposito
 
 // Open implements lazy.Layers.
 func (l *Layers) Open(ctx context.Context, ref string, desc ocispec.Descriptor) (lazy.Layer, error) {
-	b, err := l.blob(ctx, ref, desc)
+	b, err := l.blob(ctx, ref, desc, false) // at the mount: refused, containerd unpacks the layer
 	if err != nil {
 		return nil, err
 	}
@@ -118,19 +118,28 @@ func (l *Layers) Open(ctx context.Context, ref string, desc ocispec.Descriptor) 
 
 // Blob implements layerfs.Source.
 func (l *Layers) Blob(ctx context.Context, ref string, desc ocispec.Descriptor) (layerfs.Blob, error) {
-	b, err := l.blob(ctx, ref, desc)
+	b, err := l.blob(ctx, ref, desc, false)
 	if err != nil {
 		return nil, err
 	}
 	return sharedBlob{b}, nil
 }
 
-func (l *Layers) blob(ctx context.Context, ref string, desc ocispec.Descriptor) (*fetcher.Blob, error) {
+// Needed implements layerfs.Source.
+func (l *Layers) Needed(ctx context.Context, ref string, desc ocispec.Descriptor) (layerfs.Blob, error) {
+	b, err := l.blob(ctx, ref, desc, true)
+	if err != nil {
+		return nil, err
+	}
+	return sharedBlob{b}, nil
+}
+
+func (l *Layers) blob(ctx context.Context, ref string, desc ocispec.Descriptor, needed bool) (*fetcher.Blob, error) {
 	name, repo, err := l.repository(ref)
 	if err != nil {
 		return nil, err
 	}
-	return l.f.Layer(ctx, name, desc, fetcher.Way{Repository: repo.origin, Client: repo.client})
+	return l.f.Layer(ctx, name, desc, fetcher.Way{Repository: repo.origin, Client: repo.client, Needed: needed})
 }
 
 // Index implements layerfs.Source.
@@ -158,7 +167,7 @@ func (l *Layers) Index(ctx context.Context, ref string, manifest digest.Digest, 
 
 // Told implements layerfs.Source.
 func (l *Layers) Told(ctx context.Context, ref string, desc ocispec.Descriptor, accept func([]byte) error) error {
-	b, err := l.blob(ctx, ref, desc)
+	b, err := l.blob(ctx, ref, desc, false)
 	if err != nil {
 		return err
 	}

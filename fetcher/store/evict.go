@@ -142,6 +142,10 @@ func (s *Store) evict(ctx context.Context, need int64, self *entry) (trashed []s
 			over -= c.bytes
 		}
 	}
+	if over > 0 && self != nil && self.needed {
+		s.log.Warn("store: what containers read takes more than the quota; raise it, or run fewer images", "beyond", over, "quota", s.quota)
+		over = 0
+	}
 	if over > 0 {
 		size := func(n int64) string { return units.BytesSize(float64(n)) }
 		return nil, fmt.Errorf("%w: %s more is needed in %s, of its quota of %s %s is pinned, %s in use and %s promised to downloads under way; "+

@@ -131,6 +131,14 @@ func TestQuotaAtOpen(t *testing.T) {
 	_, other := content(2 * mib)
 	_, err = s.Blob(t.Context(), other, 2*mib)
 	want(t, "blob in room that is promised", err, ErrQuota)
+	needed, err := s.Need(t.Context(), other, 2*mib)
+	if err != nil {
+		t.Fatal("a blob that is needed:", err)
+	}
+	if u, _ := s.Usage(); u.Reserved != 4*mib+5 {
+		t.Errorf("usage %+v", u)
+	}
+	needed.Close()
 	put(t, b, data, all(b)...)
 	if err := b.Verify(t.Context()); err != nil {
 		t.Fatal(err)

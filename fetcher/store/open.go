@@ -27,6 +27,7 @@ type entry struct {
 	refs     int          // guarded by Store.mu
 	closing  bool         // guarded by Store.mu
 	reserved atomic.Int64 // bytes granted by the quota and not on disk yet; counts while st is nil
+	needed   bool         // the quota does not refuse it
 }
 
 // Blob opens the blob d of size bytes and creates it when the store does not have it. It first makes room for what is missing of it, so
@@ -35,6 +36,16 @@ type entry struct {
 //
 // After a machine crash the pieces of an incomplete blob are read and checked here.
 func (s *Store) Blob(ctx context.Context, d digest.Digest, size int64) (*Blob, error) {
+	return s.blob(ctx, d, size, false)
+}
+
+// Need is Blob for what a container cannot go on without: what the quota has no room for, after all is evicted that can be, goes
+// beyond it.
+func (s *Store) Need(ctx context.Context, d digest.Digest, size int64) (*Blob, error) {
+	return s.blob(ctx, d, size, true)
+}
+
+func (s *Store) blob(ctx context.Context, d digest.Digest, size int64, needed bool) (*Blob, error) {
 	if err := checkDigest(d); err != nil {
 		return nil, err
 	}
@@ -49,7 +60,7 @@ func (s *Store) Blob(ctx context.Context, d digest.Digest, size int64) (*Blob, e
 		}
 		e := s.open[d]
 		if e == nil {
-			e = &entry{size: size, ready: make(chan struct{}), gone: make(chan struct{})}
+			e = &entry{size: size, ready: make(chan struct{}), gone: make(chan struct{}), needed: needed}
 			s.open[d] = e
 			s.mu.Unlock()
 			return s.openEntry(ctx, d, e)

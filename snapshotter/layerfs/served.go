@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/docker-quay/docker-quay/snapshotter/blobfs"
 	"github.com/docker-quay/docker-quay/snapshotter/layerstore"
@@ -78,15 +79,28 @@ func (s *served) openLocked(f *FileSystem) error {
 	sum := sha256.Sum256([]byte(s.digest.String() + " " + h.IndexSum().String()))
 	s.id = binary.LittleEndian.Uint64(sum[:])>>3 | 1<<32 // below 1<<61, and not one of the first
 	s.name = fmt.Sprintf("%.12s-%016x", s.digest.Encoded(), s.id)
-	h.SetSource(func(ctx context.Context) (layerstore.Blob, error) { return f.open(ctx, s.target) })
+	h.SetSource(func(ctx context.Context) (layerstore.Blob, error) {
+		if f.o.Source == nil {
+			return nil, errNoSource
+		}
+		return f.openBy(ctx, s.target, f.o.Source.Needed)
+	})
 	return nil
 }
+
+// errNoSource is why nothing can be opened when there is no Source.
+var errNoSource = errors.New("this node fetches nothing")
 
 // open finds a layer's blob.
 func (f *FileSystem) open(ctx context.Context, t lazy.Target) (Blob, error) {
 	if f.o.Source == nil {
-		return nil, errors.New("this node fetches nothing")
+		return nil, errNoSource
 	}
+	return f.openBy(ctx, t, f.o.Source.Blob)
+}
+
+// openBy is open with one of the Source's ways.
+func (f *FileSystem) openBy(ctx context.Context, t lazy.Target, way func(context.Context, string, ocispec.Descriptor) (Blob, error)) (Blob, error) {
 	desc, err := f.o.Source.Describe(ctx, t.Ref, t.Manifest, t.Layer)
 	if err != nil {
 		return nil, fmt.Errorf("the image's manifest could not be looked up: %w", err)
@@ -94,7 +108,7 @@ func (f *FileSystem) open(ctx context.Context, t lazy.Target) (Blob, error) {
 	if desc.Digest != t.Layer {
 		return nil, fmt.Errorf("the image's manifest has no layer %s", t.Layer)
 	}
-	return f.o.Source.Blob(ctx, t.Ref, desc)
+	return way(ctx, t.Ref, desc)
 }
 
 // release gives a reference back. With the last one the layer is closed; when it was mounted it

@@ -20,6 +20,9 @@ type Source interface {
 	// Blob gives the layer that desc describes. Nothing needs to be there yet. The caller closes it.
 	Blob(ctx context.Context, ref string, desc ocispec.Descriptor) (Blob, error)
 
+	// Needed is Blob for what a container waits for: a quota does not refuse it.
+	Needed(ctx context.Context, ref string, desc ocispec.Descriptor) (Blob, error)
+
 	// Index finds an index of the layer that somebody published beside the image; nil when nobody
 	// did. What it says is the publisher's word until Verify has compared it.
 	Index(ctx context.Context, ref string, manifest digest.Digest, desc ocispec.Descriptor) (*index.Index, error)

@@ -211,3 +211,27 @@ func TestQuotaReached(t *testing.T) {
 		t.Errorf("with room again: %+v", st)
 	}
 }
+
+// TestStoreQuotaReached: the blobs of layers in use take more than store.quota. Their containers read on.
+func TestStoreQuotaReached(t *testing.T) {
+	w := newWorld(t, 1, rig.RegistryOptions{})
+	n := w.network.Node(1)
+	images := []*image.Image{w.stock(image.EStargz), w.stock(image.ZstdChunked)} // each fits, both do not
+	d := w.daemon(n, daemonOptions{config: "[lazy]\nquiet = \"1h\"\n[store]\nquota = \"20MiB\"\n"})
+	d.needsEROFS()
+	c := w.containerd(n, d)
+	w.must(w.registry.WriteHosts(c.CertsDir()))
+	var tenants []*tenant
+	for i, img := range images {
+		ref := w.push(img, "stock", fmt.Sprint(i))
+		w.must(c.Pull(w.ctx, "apps", "quay", ref))
+		tenants = append(tenants, w.tenant(c, img, ref))
+	}
+	for _, one := range tenants {
+		one.reads("with more in use than the quota")
+		one.alive()
+	}
+	if !d.logs("what containers read takes more than the quota") {
+		t.Error("the log does not say that the quota is passed")
+	}
+}

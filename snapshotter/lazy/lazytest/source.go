@@ -64,6 +64,11 @@ func (i *Image) Blob(ctx context.Context, ref string, desc ocispec.Descriptor) (
 	return &blob{h.(*handle), desc}, nil
 }
 
+// Needed implements layerfs.Source.
+func (i *Image) Needed(ctx context.Context, ref string, desc ocispec.Descriptor) (layerfs.Blob, error) {
+	return i.Blob(ctx, ref, desc)
+}
+
 // blob is a handle as layerfs wants it.
 type blob struct {
 	*handle
