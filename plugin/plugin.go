@@ -139,6 +139,7 @@ both at once, and go into Docker or containerd. Nothing about an image or its di
 		newSeed(dockerCLI, o, false),
 		newIndex(dockerCLI, o),
 		newNode(dockerCLI),
+		newStatus(dockerCLI),
 		newVersion(dockerCLI, o),
 		newTorrent(dockerCLI, o),
 		newTracker(dockerCLI),

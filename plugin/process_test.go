@@ -183,6 +183,7 @@ func TestHelp(t *testing.T) {
 		"help-node-secret": {"node", "secret", "--help"},
 		"help-version":     {"version", "--help"},
 		"help-peers":       {"peers", "--help"},
+		"help-status":      {"status", "--help"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := run(t, "ok", "docker-quay", args...)
@@ -272,6 +273,8 @@ func TestFailures(t *testing.T) {
 		{"ok", []string{"pull", "--zone", "rack 4", "x"}, 125, "--zone: zone \"rack 4\""},
 		{"ok", []string{"pull", "--max-connections", "3", "x"}, 125, "3 is too few for a node to work with: 16 or more"},
 		{"ok", []string{"peers", "--socket", "/nonexistent/quay.sock"}, 5, "no node daemon answers at /nonexistent/quay.sock"},
+		{"ok", []string{"status", "--socket", "/nonexistent/quay.sock"}, 5, "no node daemon answers at /nonexistent/quay.sock"},
+		{"ok", []string{"status", "a"}, 125, "accepts no arguments"},
 		{"ok", []string{"peers", "a", "b"}, 125, "at most 1 argument"},
 		{"ok", []string{"pull", "UPPER/Case"}, 125, "is not the name of an image"},
 		{"ok", []string{"node", "secret", "/nonexistent/folder/secret"}, 1, "cannot write the cluster secret"},

@@ -61,8 +61,9 @@ func Run(ctx context.Context, cfg Config, o Options) (err error) {
 	}
 	defer func() { stop(node.Close) }()
 	services := node.Services
+	layers := new(layerMetrics)
 	if l := cfg.Metrics.Listen; l != "" {
-		m, merr := newMetrics(l, node.Metrics)
+		m, merr := newMetrics(l, node.Metrics, layers)
 		if merr != nil {
 			stop(shutdownAll(services))
 			return merr
@@ -75,7 +76,8 @@ func Run(ctx context.Context, cfg Config, o Options) (err error) {
 		return serr
 	}
 	services = append(services, sn)
-	node.Mounts(sn.Layers)
+	node.Mounts(sn)
+	layers.serve(sn.sn.layers)
 	node.Tell(sn.Tell)
 
 	g, gctx := errgroup.WithContext(ctx)

@@ -38,11 +38,13 @@ func newHTTPService(what, key, addr string, h http.Handler) (*httpService, error
 	}, nil
 }
 
-// newMetrics serves the process's Prometheus registry, and what c collects, on /metrics.
-func newMetrics(addr string, c prometheus.Collector) (*httpService, error) {
+// newMetrics serves the process's Prometheus registry, and what is collected, on /metrics.
+func newMetrics(addr string, collected ...prometheus.Collector) (*httpService, error) {
 	own := prometheus.NewRegistry()
-	if err := own.Register(c); err != nil {
-		return nil, fmt.Errorf("the metrics cannot be served: %w", err)
+	for _, c := range collected {
+		if err := own.Register(c); err != nil {
+			return nil, fmt.Errorf("the metrics cannot be served: %w", err)
+		}
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{prometheus.DefaultGatherer, own}, promhttp.HandlerOpts{}))

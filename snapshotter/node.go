@@ -28,8 +28,8 @@ type Node struct {
 	Layers   LayerSource          // where layers come from; nil: every layer is unpacked
 	Services []Service            // mirror and node API, listening already
 	Metrics  prometheus.Collector // of the fetcher
-	// Mounts tells the node API how layers are mounted, once that is known.
-	Mounts func(func() *api.Layers)
+	// Mounts has the node API tell of the snapshotter's layers, once there is one.
+	Mounts func(*Server)
 	// Tell has other nodes told of the content of layers.
 	Tell  func(fetcher.IndexFunc)
 	Close func(ctx context.Context) error // after the services and the snapshotter are down; may be nil
@@ -83,20 +83,20 @@ func NewNode(ctx context.Context, cfg Config, version string, log *slog.Logger) 
 	}
 	closers = append(closers, f.Close)
 	layers := NewLayers(f, clients.of, log)
-	var mounts atomic.Pointer[func() *api.Layers]
+	var mounts atomic.Pointer[Server]
 	services, err := serve(cfg, version, log, f, clients, layers, &mounts)
 	if err != nil {
 		return nil, err
 	}
 	return &Node{
 		Layers: layers, Services: services, Metrics: metrics{f.Stats}, Close: closeAll,
-		Mounts: func(of func() *api.Layers) { mounts.Store(&of) },
+		Mounts: mounts.Store,
 		Tell:   f.OfferIndexes,
 	}, nil
 }
 
 // serve opens the mirror and the node API over a fetcher.
-func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *clients, layers *Layers, mounts *atomic.Pointer[func() *api.Layers]) ([]Service, error) {
+func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *clients, layers *Layers, mounts *atomic.Pointer[Server]) ([]Service, error) {
 	var services []Service
 	if cfg.Mirror.Listen != "" {
 		m, err := newHTTPService("registry mirror", "mirror.listen", cfg.Mirror.Listen, mirror.New(mirror.Options{
@@ -128,12 +128,28 @@ func serve(cfg Config, version string, log *slog.Logger, f *fetcher.Fetcher, c *
 				st.Addr = a.String()
 			}
 			st.Store, _ = f.Store().Usage()
-			if of := mounts.Load(); of != nil {
-				st.Layers = (*of)()
+			st.Fetcher = fetching(f.Stats())
+			if sn := mounts.Load(); sn != nil {
+				st.Layers = sn.Layers()
 			}
 			return st
 		},
+		Layers: func() []api.Layer {
+			if sn := mounts.Load(); sn != nil {
+				return sn.eachLayer()
+			}
+			return nil
+		},
 	}))), nil
+}
+
+// fetching is what the node API tells of a fetcher's counts.
+func fetching(s fetcher.Stats) api.Fetching {
+	return api.Fetching{
+		Fetches: s.Fetches, Shared: s.Swarms,
+		FromOrigin: s.FromOrigin, FromPeers: s.FromPeers, FromCache: s.FromCache, Uploaded: s.Uploaded,
+		FailedReads: s.DemandFailed, RegistriesPaused: s.RegistriesPaused,
+	}
 }
 
 // openOptions are the node's part in open BitTorrent swarms; nil when it has none.

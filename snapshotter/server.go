@@ -114,13 +114,32 @@ func (s *Server) Shutdown(ctx context.Context) error {
 func (s *Server) Layers() *api.Layers {
 	st := &api.Layers{Mount: s.how.way, Why: s.how.why}
 	if s.sn.layers == nil {
+		st.Mounts = len(s.eachLayer())
 		return st
 	}
 	now := s.sn.layers.Status()
-	st.Mounts, st.Direct = now.Mounts, now.Data
+	st.Mounts, st.Direct, st.Quota = now.Mounts, now.Data, now.Quota
 	st.Stored, st.Complete, st.Bytes = now.Layers.Layers, now.Layers.Complete, now.Layers.Bytes
 	st.Reads, st.ReadErrors, st.ReadsWaiting = now.Reads, now.Errors, now.InFlight
 	return st
+}
+
+// eachLayer is the list of the layers of the way in which they are mounted.
+func (s *Server) eachLayer() (list []api.Layer) {
+	switch {
+	case s.sn.layers != nil:
+		for _, l := range s.sn.layers.Layers() {
+			list = append(list, api.Layer{
+				Digest: l.Blob, Image: l.Image, State: string(l.State), Size: l.Size, Present: l.Present, Bytes: l.OnDisk,
+				Mounts: l.Mounts, Direct: l.Data, Readers: l.Opens, Why: l.Why,
+			})
+		}
+	case s.sn.trees != nil:
+		for _, t := range s.sn.trees.Mounted() {
+			list = append(list, api.Layer{Digest: t.Layer, Image: t.Ref, State: string(layerfs.Lazy), Mounts: 1})
+		}
+	}
+	return list
 }
 
 // Tell says what this node knows of a layer, for other nodes: see layerfs.FileSystem.Tell.

@@ -68,6 +68,7 @@ type Snapshots struct {
 	snapshots.Snapshotter
 	fs     layerMounts
 	layers *layerfs.FileSystem // fs, when that is what it is
+	trees  *lazy.FileSystem    // the same
 	lock   *os.File
 
 	cancel    context.CancelFunc // ends the restore
@@ -108,7 +109,8 @@ func OpenSnapshots(ctx context.Context, root string, how Mounting, log *slog.Log
 	if how.EROFS != nil {
 		s.fs, err = s.openLayers(ctx, dir, *how.EROFS, points, log)
 	} else if err = unmountBelow(dir, nil, log); err == nil {
-		s.fs, err = openTrees(root, how.Layers, log)
+		s.trees, err = openTrees(root, how.Layers, log)
+		s.fs = s.trees
 	}
 	if err != nil {
 		return nil, err
@@ -133,7 +135,7 @@ func OpenSnapshots(ctx context.Context, root string, how Mounting, log *slog.Log
 }
 
 // openTrees makes the file system of FUSE trees.
-func openTrees(root string, layers lazy.Layers, log *slog.Logger) (layerMounts, error) {
+func openTrees(root string, layers lazy.Layers, log *slog.Logger) (*lazy.FileSystem, error) {
 	userXattr, err := overlayutils.NeedsUserXAttr(root)
 	if err != nil {
 		log.Warn("cannot find out whether overlayfs needs userxattr; assuming it does not", "error", err)

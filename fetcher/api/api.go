@@ -26,6 +26,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/docker-quay/docker-quay/fetcher"
@@ -59,13 +60,31 @@ type Status struct {
 	Snapshotter string      `json:"snapshotter,omitempty"`
 	Mirror      string      `json:"mirror,omitempty"`
 	Store       store.Usage `json:"store"`
+	// Fetcher is what it fetches and shares, and has since it was started.
+	Fetcher Fetching `json:"fetcher"`
 	// Layers says how the snapshotter mounts layers; nil before it runs.
 	Layers *Layers `json:"layers,omitempty"`
 }
 
+// Fetching is what a node's fetcher does, and did since it was started. Sizes are bytes.
+type Fetching struct {
+	// Fetches are the blobs on their way here, Shared those that other nodes can have, the former among them.
+	Fetches int `json:"fetches"`
+	Shared  int `json:"shared"`
+	// What was fetched from registries and other nodes, what was here already when somebody asked for it, and
+	// what other nodes were given.
+	FromOrigin int64 `json:"from_origin"`
+	FromPeers  int64 `json:"from_peers"`
+	FromCache  int64 `json:"from_cache"`
+	Uploaded   int64 `json:"uploaded"`
+	// FailedReads are reads that somebody waited for and that failed; RegistriesPaused are left alone for now, as they asked.
+	FailedReads      int64 `json:"failed_reads"`
+	RegistriesPaused int   `json:"registries_paused"`
+}
+
 // Layers is how a node's snapshotter mounts layers, and how it is doing.
 type Layers struct {
-	// Mount is erofs, fuse or unpack, and Why the reason in words.
+	// Mount is erofs, loop, fuse or unpack, and Why the reason in words.
 	Mount string `json:"mount"`
 	Why   string `json:"why"`
 	// Mounts are those of layers; Direct is how many of them read plain files, without the daemon.
@@ -75,10 +94,34 @@ type Layers struct {
 	Stored   int   `json:"stored,omitempty"`
 	Complete int   `json:"complete,omitempty"`
 	Bytes    int64 `json:"bytes,omitempty"`
+	Quota    int64 `json:"quota,omitempty"` // of Bytes; 0: no bound
 	// Reads were answered by the daemon, ReadErrors failed, ReadsWaiting wait now.
 	Reads        uint64 `json:"reads,omitempty"`
 	ReadErrors   uint64 `json:"read_errors,omitempty"`
 	ReadsWaiting int    `json:"reads_waiting,omitempty"`
+	// List has each layer, when it was asked for.
+	List []Layer `json:"list,omitempty"`
+}
+
+// Layer is a layer that a node has mounted, or keeps to be mounted.
+type Layer struct {
+	Digest digest.Digest `json:"digest"`
+	// Image is the one that it was mounted for first; empty when it is not mounted.
+	Image string `json:"image,omitempty"`
+	// State is lazy (bytes are missing, and come when they are read), unchecked (all is there, and its index has still to be
+	// compared with it), complete, or forged (its index was false: no container starts from it).
+	State string `json:"state"`
+	// Size is that of its files' contents and Present how much of that is here; 0 where that is not known (fuse).
+	Size    int64 `json:"size,omitempty"`
+	Present int64 `json:"present,omitempty"`
+	// Bytes is what it takes on disk.
+	Bytes int64 `json:"bytes,omitempty"`
+	// Mounts are its mounts; Direct is how many of them read a plain file, without the daemon.
+	Mounts int `json:"mounts"`
+	Direct int `json:"direct"`
+	// Readers are the mounts and running containers that read by way of the daemon, also of images that were removed.
+	Readers int    `json:"readers,omitempty"`
+	Why     string `json:"why,omitempty"` // it is not complete
 }
 
 // Credential is a registry login of the client's.

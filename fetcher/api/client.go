@@ -63,6 +63,11 @@ func (c *Client) Status(ctx context.Context) (st Status, err error) {
 	return st, c.call(ctx, http.MethodGet, "/quay/v1/status", nil, &st)
 }
 
+// StatusOfLayers is Status with a list of the layers.
+func (c *Client) StatusOfLayers(ctx context.Context) (st Status, err error) {
+	return st, c.call(ctx, http.MethodGet, "/quay/v1/status?layers=true", nil, &st)
+}
+
 // Peers asks what the node knows of its neighbours and of the blobs it shares; with
 // blobs named, of those only, at most fetcher.MaxReportDigests.
 func (c *Client) Peers(ctx context.Context, blobs ...digest.Digest) (r fetcher.Report, err error) {

@@ -32,6 +32,8 @@ type ServerOptions struct {
 	Origin func(req ImageRequest) (*origin.Client, error)
 	// Status describes the node.
 	Status func() Status
+	// Layers are the layers of its snapshotter, for those who ask for each. May be nil.
+	Layers func() []Layer
 	// Opened is told of each image that was resolved, with the client that
 	// could; it is how the snapshotter gets at layers that the node's own
 	// credentials do not open. May be nil.
@@ -197,7 +199,13 @@ func (s *Server) end(over func(*session) bool) {
 	}
 }
 
-func (s *Server) status(w http.ResponseWriter, _ *http.Request) { respond(w, s.o.Status()) }
+func (s *Server) status(w http.ResponseWriter, r *http.Request) {
+	st := s.o.Status()
+	if each, _ := strconv.ParseBool(r.URL.Query().Get("layers")); each && st.Layers != nil && s.o.Layers != nil {
+		st.Layers.List = s.o.Layers()
+	}
+	respond(w, st)
+}
 
 func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 	var req ImageRequest

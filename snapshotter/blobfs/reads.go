@@ -220,6 +220,7 @@ func (s *Server) run(c *call) {
 			s.answered(c)
 			s.count.reads.Add(1)
 			s.count.bytes.Add(uint64(c.size))
+			s.count.late.add(time.Since(c.since))
 			s.replied(b.reply(c.unique, 0, c.size))
 		case mine:
 			s.fail(c, err)

@@ -1,6 +1,7 @@
 package blobfs
 
 import (
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -15,11 +16,48 @@ type Stats struct {
 	Wait        time.Duration // their time until the answer, summed up
 	Waiting     int           // reads that are not answered yet
 	Files       int           // in the directory
+	Late        Histogram     // waits of the reads that were answered with data after one
+}
+
+// WaitBuckets are the upper bounds of Histogram.Buckets in seconds: from a chunk that was being decoded to one that many
+// deadlines have passed for.
+var WaitBuckets = [...]float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
+
+// Histogram counts waits.
+type Histogram struct {
+	// Buckets[i] counts those of at most WaitBuckets[i] seconds, those in the buckets before it included.
+	Buckets [len(WaitBuckets)]uint64
+	Count   uint64
+	Sum     float64 // seconds
+}
+
+// waits is a Histogram in the making: each wait is counted in one place, the last is for those beyond all bounds.
+type waits struct {
+	in  [len(WaitBuckets) + 1]atomic.Uint64
+	sum atomic.Int64 // nanoseconds
+}
+
+func (w *waits) add(d time.Duration) {
+	i, _ := slices.BinarySearch(WaitBuckets[:], d.Seconds())
+	w.in[i].Add(1)
+	w.sum.Add(int64(d))
+}
+
+func (w *waits) histogram() (h Histogram) {
+	for i := range w.in {
+		h.Count += w.in[i].Load()
+		if i < len(h.Buckets) {
+			h.Buckets[i] = h.Count
+		}
+	}
+	h.Sum = time.Duration(w.sum.Load()).Seconds()
+	return h
 }
 
 type counters struct {
 	reads, bytes, errors, interrupted, waited atomic.Uint64
 	wait                                      atomic.Int64              // nanoseconds
+	late                                      waits
 	logged                                    atomic.Pointer[time.Time] // when a failed read was last logged: with the clock that does not jump
 	unlogged                                  atomic.Int64              // how many failed since
 }
@@ -32,7 +70,7 @@ func (s *Server) Stats() Stats {
 	return Stats{
 		Reads: c.reads.Load(), Bytes: c.bytes.Load(), Errors: c.errors.Load(), Interrupted: c.interrupted.Load(),
 		Waited: c.waited.Load(), Wait: time.Duration(c.wait.Load()),
-		Waiting: len(s.queue.pending), Files: len(s.files),
+		Waiting: len(s.queue.pending), Files: len(s.files), Late: c.late.histogram(),
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/stargz-snapshotter/snapshot"
@@ -56,6 +57,9 @@ type FileSystem struct {
 	fill    chan struct{} // the same, that is fetched in the background
 	decode  chan struct{} // the same, that is decoded in the background
 	words   chan struct{} // holds one while an index of or for another node is in memory
+
+	compares *comparing   // Options.Source
+	failures atomic.Int64 // mounts that failed
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -131,6 +135,7 @@ func (f *FileSystem) attach(p *place, at string, s *served) error {
 		err = f.mount(at, s, k)
 	}
 	if err != nil {
+		f.failures.Add(1)
 		f.mu.Lock()
 		p.s = nil
 		f.mu.Unlock()

@@ -51,8 +51,12 @@ func New(ctx context.Context, o Options) (_ *FileSystem, err error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("layers cannot be mounted: %w", err), st.Close())
 	}
+	compares := &comparing{Source: o.Source}
+	if o.Source != nil {
+		o.Source = compares
+	}
 	f := &FileSystem{
-		o: o, log: o.Log, store: st, link: l, mounter: newMounter(o.Mounter),
+		o: o, log: o.Log, store: st, link: l, mounter: newMounter(o.Mounter), compares: compares,
 		unpack: make(chan struct{}, min(runtime.GOMAXPROCS(0), unpackers)),
 		look:   make(chan struct{}, lookers), fill: make(chan struct{}, fillers), decode: make(chan struct{}, 1),
 		words:  make(chan struct{}, 1),
@@ -160,36 +164,6 @@ func (f *FileSystem) needed(d digest.Digest) bool {
 		}
 	}
 	return false
-}
-
-// Status says how the layers of a node are mounted.
-type Status struct {
-	Mounts   int // in all
-	Data     int // of these, that read plain files: the daemon has no part in them
-	Layers   layerstore.Usage
-	Reads    uint64 // answered by the daemon
-	Errors   uint64 // of these, with EIO
-	InFlight int    // that wait
-}
-
-// Status tells how things are now.
-func (f *FileSystem) Status() Status {
-	var st Status
-	f.mu.Lock()
-	for _, p := range f.places {
-		if p.s == nil {
-			continue
-		}
-		st.Mounts++
-		if p.kind == kindData {
-			st.Data++
-		}
-	}
-	f.mu.Unlock()
-	st.Layers = f.store.Usage()
-	r := f.link.server.Stats()
-	st.Reads, st.Errors, st.InFlight = r.Reads, r.Errors, r.Waiting
-	return st
 }
 
 // Usage is what a layer takes on disk, in bytes; 0 when it is not in the store.

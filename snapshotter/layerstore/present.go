@@ -63,29 +63,14 @@ func openPresent(path string, n int, boot string) (p *present, err error) {
 			f.Close()
 		}
 	}()
-	b := make([]byte, presentSize(n))
-	if _, err := f.ReadAt(b, 0); err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
+	p, same, err := readPresent(f, n, boot)
+	if err != nil {
+		return nil, err
 	}
-	if string(b[:8]) != presentMagic || binary.LittleEndian.Uint64(b[8:]) != uint64(n) {
-		return nil, fmt.Errorf("%s is not of this layer", path)
-	}
-	p = &present{n: n, has: newBitset(n), f: f, synced: make([]uint64, (n+63)/64)}
-	words := len(p.synced)
-	same := string(b[16:16+bootLen]) == pad(boot)
-	for i := range words {
-		p.synced[i] = binary.LittleEndian.Uint64(b[presentHeader+8*i:]) & p.mask(i)
-		w := p.synced[i]
-		if same {
-			w |= binary.LittleEndian.Uint64(b[presentHeader+8*(words+i):]) & p.mask(i)
-		}
-		p.has.words[i].Store(w)
-	}
-	p.count.Store(int64(p.has.count()))
 	if !same {
 		// First the bitmap, then the boot that makes it count: a process killed
 		// between the two leaves what is true of both boots.
-		for i := range words {
+		for i := range p.synced {
 			if err := p.writeWord(i); err != nil {
 				return nil, err
 			}
@@ -95,6 +80,31 @@ func openPresent(path string, n int, boot string) (p *present, err error) {
 		}
 	}
 	return p, nil
+}
+
+// readPresent reads the file of a layer of n chunks. same is false when it was last written in another boot: then only
+// what was synced is there.
+func readPresent(f *os.File, n int, boot string) (p *present, same bool, err error) {
+	b := make([]byte, presentSize(n))
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return nil, false, fmt.Errorf("read %s: %w", f.Name(), err)
+	}
+	if string(b[:8]) != presentMagic || binary.LittleEndian.Uint64(b[8:]) != uint64(n) {
+		return nil, false, fmt.Errorf("%s is not of this layer", f.Name())
+	}
+	p = &present{n: n, has: newBitset(n), f: f, synced: make([]uint64, (n+63)/64)}
+	words := len(p.synced)
+	same = string(b[16:16+bootLen]) == pad(boot)
+	for i := range words {
+		p.synced[i] = binary.LittleEndian.Uint64(b[presentHeader+8*i:]) & p.mask(i)
+		w := p.synced[i]
+		if same {
+			w |= binary.LittleEndian.Uint64(b[presentHeader+8*(words+i):]) & p.mask(i)
+		}
+		p.has.words[i].Store(w)
+	}
+	p.count.Store(int64(p.has.count()))
+	return p, same, nil
 }
 
 func pad(boot string) string {

@@ -163,6 +163,19 @@ func (f *FileSystem) Unmount(ctx context.Context, at string) error {
 	return err
 }
 
+// Mounted tells what is mounted, a layer once for each mount.
+func (f *FileSystem) Mounted() []Target {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []Target
+	for _, p := range f.places {
+		if p.m != nil {
+			all = append(all, p.m.target)
+		}
+	}
+	return all
+}
+
 // Close unmounts everything and ends all work. Reads in flight fail.
 func (f *FileSystem) Close() error {
 	f.mu.Lock()
@@ -231,6 +244,7 @@ func (f *FileSystem) mount(ctx context.Context, p *place, at string, labels map[
 	f.mu.Lock()
 	p.cancel = nil
 	if err == nil && m.alive() {
+		m.target = t
 		p.m = m
 	}
 	f.mu.Unlock()

@@ -35,6 +35,7 @@ const (
 // a container that still has files open keeps being served.
 type mounted struct {
 	at     string
+	target Target
 	server *fuse.Server
 	tree   *tree
 	done   chan struct{} // closed when the tree is closed
