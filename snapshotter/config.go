@@ -50,7 +50,7 @@ type SnapshotterConfig struct {
 
 // LazyConfig is [lazy]: how layers are mounted.
 type LazyConfig struct {
-	Mount string   `toml:"mount"` // auto, erofs, fuse
+	Mount string   `toml:"mount"` // auto, erofs, loop, fuse
 	Quota Size     `toml:"quota"` // of the layers; 0: no bound
 	Quiet Duration `toml:"quiet"` // before a layer is completed
 	// Believe says whose indexes are used before they can be checked: all, members, own.

@@ -94,7 +94,7 @@ func TestConfigErrors(t *testing.T) {
 		{"CPUs in words", "[limits]\ncpus = nan\n", `limits.cpus: NaN is not a number of CPUs: write one like 0.5 or 2, at least 0.1, or 0 for no limit`},
 		{"log", "[log]\nlevel = \"loud\"\nformat = \"xml\"\n", `log.level: "loud" is none of debug, info, warn, error; log.format: "xml" is none of text, json`},
 		{"reach", "[origin]\nreach = \"bastion\"\n", `origin.reach: "bastion" is none of direct, members`},
-		{"lazy", "[lazy]\nmount = \"loop\"\nquiet = \"1ms\"\n", `lazy.mount: "loop" is none of auto, erofs, fuse; lazy.quiet: "1ms" is not between 100ms and 24h0m0s`},
+		{"lazy", "[lazy]\nmount = \"kernel\"\nquiet = \"1ms\"\n", `lazy.mount: "kernel" is none of auto, erofs, loop, fuse; lazy.quiet: "1ms" is not between 100ms and 24h0m0s`},
 		{"believe", "[lazy]\nbelieve = \"anybody\"\n", `lazy.believe: "anybody" is none of all, members, own`},
 		{"quiet without unit", "[lazy]\nquiet = \"2\"\n", `line 2: lazy.quiet: "2" is no time: write a number and a unit, such as "2s"`},
 		{"one socket twice", "[api]\nsocket = \"/run/quay/snapshotter.sock\"\n", "api.socket: is the same as snapshotter.socket"},

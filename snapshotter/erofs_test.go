@@ -61,14 +61,25 @@ func erofsOptions(t testing.TB, root string, img *lazytest.Image, log *lines) *l
 // newEROFS is newRig with layers mounted as EROFS.
 func newEROFS(t *testing.T, img *lazytest.Image) *rig {
 	t.Helper()
+	return newEROFSBy(t, MountEROFS, img)
+}
+
+// newEROFSBy is newEROFS in one of the two ways.
+func newEROFSBy(t *testing.T, way string, img *lazytest.Image) *rig {
+	t.Helper()
 	needRoot(t)
 	dir := t.TempDir()
-	if support, err := erofs.Probe(dir); support != erofs.FileBacked {
+	err := erofs.ProbeLoop(dir)
+	if way == MountEROFS {
+		_, err = erofs.Probe(dir)
+	}
+	if err != nil {
 		t.Skip(err)
 	}
 	before := goleak.IgnoreCurrent()
 	r := &rig{t: t, root: filepath.Join(dir, "root"), log: new(lines)}
 	r.erofs = erofsOptions(t, r.root, img, r.log)
+	r.erofs.Loop = way == MountLoop
 	r.open(nil)
 	t.Cleanup(func() {
 		if err := r.Close(); err != nil {
@@ -85,6 +96,7 @@ func newEROFS(t *testing.T, img *lazytest.Image) *rig {
 		if left := mountsBelow(t, dir); len(left) > 0 {
 			t.Errorf("mounts left: %v", left)
 		}
+		eventually(t, func() bool { return len(loopsBelow(t, dir)) == 0 })
 		goleak.VerifyNone(t, before)
 		if t.Failed() {
 			t.Log(r.log)

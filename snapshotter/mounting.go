@@ -20,8 +20,9 @@ import (
 
 // The values of lazy.mount.
 const (
-	MountAuto  = "auto"  // erofs where the kernel does it from files, else fuse
-	MountEROFS = "erofs" // also by loop devices; a start fails where it does not work
+	MountAuto  = "auto"  // the first of the others that works
+	MountEROFS = "erofs" // as EROFS, by the kernel's own way to mount it from files
+	MountLoop  = "loop"  // as EROFS, with loop devices between it and the files
 	MountFUSE  = "fuse"  // a FUSE tree for each layer that has a table of contents
 )
 
@@ -35,7 +36,7 @@ const (
 
 var believers = []string{BelieveAll, BelieveMembers, BelieveOwn}
 
-var mountWays = []string{MountAuto, MountEROFS, MountFUSE}
+var mountWays = []string{MountAuto, MountEROFS, MountLoop, MountFUSE}
 
 // leastQuiet and mostQuiet are the bounds of lazy.quiet: less would be in the way of a start, more is
 // as good as never.
@@ -57,47 +58,62 @@ const (
 	MounterCommand = "mounter" // reads from its standard input
 )
 
+// wayUnpack is the way of a node that mounts no layers: containerd unpacks them.
+const wayUnpack = "unpack"
+
 // chosen is how the layers of this node are mounted, and why that way.
-type chosen struct {
-	way, why string
-	loop     bool
-}
+type chosen struct{ way, why string }
 
 // chooseMount finds the way to mount layers that lie in dir. self is the daemon's own program, socket will be the keeper's.
 func chooseMount(want, dir, self, socket string) (chosen, error) {
 	if want == MountFUSE {
-		return chosen{way: MountFUSE, why: "lazy.mount says so"}, nil
+		return chosen{MountFUSE, "lazy.mount says so"}, nil
 	}
 	if self == "" {
-		return chosen{way: MountFUSE, why: "this process cannot start helpers"}, nil
+		return without(want, errors.New("this process cannot start helpers"))
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return chosen{}, fmt.Errorf("the folder of the layers cannot be made: %w", err)
 	}
-	support, why := erofs.None, error(nil)
 	switch xattr, err := overlayutils.NeedsUserXAttr(dir); {
 	case err == nil && xattr:
-		why = errors.New("overlayfs is mounted with userxattr here, for which layers would need other images")
+		return without(want, errors.New("overlayfs is mounted with userxattr here, for which layers would need other images"))
 	case len(socket) > maxSocket:
-		why = fmt.Errorf("the keeper's socket %s has a path of more than %d bytes; set a shorter state", socket, maxSocket)
-	default:
-		removeProbes(dir)
-		support, why = erofs.Probe(dir)
+		return without(want, fmt.Errorf("the keeper's socket %s has a path of more than %d bytes; set a shorter state", socket, maxSocket))
 	}
-	if support == erofs.None && (errors.Is(why, unix.ENOSPC) || errors.Is(why, unix.EDQUOT)) {
-		// That says nothing of the kernel, and another way would be the end of what is mounted.
-		return formerly(dir, why)
+	removeProbes(dir)
+	if want == MountLoop {
+		err := erofs.ProbeLoop(dir)
+		switch {
+		case noRoom(err):
+			return formerly(dir, err)
+		case err != nil:
+			return without(want, err)
+		}
+		return chosen{MountLoop, "lazy.mount says so"}, nil
 	}
-	switch {
+	switch support, err := erofs.Probe(dir); {
+	case support == erofs.None && noRoom(err):
+		return formerly(dir, err)
 	case support == erofs.FileBacked:
-		return chosen{way: MountEROFS, why: "the kernel mounts it from files"}, nil
-	case support == erofs.Loop && want == MountEROFS:
-		return chosen{way: MountEROFS, why: "by loop devices: " + why.Error(), loop: true}, nil
-	case want == MountEROFS:
-		return chosen{}, fmt.Errorf("lazy.mount = %q does not work: %w", want, why)
+		return chosen{MountEROFS, "the kernel mounts it from files"}, nil
+	case support == erofs.Loop && want == MountAuto:
+		return chosen{MountLoop, err.Error()}, nil
+	default:
+		return without(want, err)
 	}
-	return chosen{way: MountFUSE, why: why.Error()}, nil
 }
+
+// without is the choice where EROFS does not work in the way that is wanted.
+func without(want string, why error) (chosen, error) {
+	if want == MountAuto {
+		return chosen{MountFUSE, why.Error()}, nil
+	}
+	return chosen{}, fmt.Errorf("lazy.mount = %q does not work: %w", want, why)
+}
+
+// noRoom tells that a probe found out nothing of the kernel; another way would be the end of what is mounted.
+func noRoom(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // formerly is how layers that lie in dir were mounted by a former daemon: the way when there is no room to try any.
 func formerly(dir string, why error) (chosen, error) {
@@ -112,7 +128,11 @@ func formerly(dir string, why error) (chosen, error) {
 	if err != nil {
 		return chosen{}, fmt.Errorf("the mounts of this system cannot be listed: %w", err)
 	}
-	return chosen{way: MountEROFS, why: "as before, there is no room to try: " + why.Error(), loop: len(loops) > 0}, nil
+	way := MountEROFS
+	if len(loops) > 0 {
+		way = MountLoop
+	}
+	return chosen{way, "as before, there is no room to try: " + why.Error()}, nil
 }
 
 // removeProbes clears away what a daemon left that was killed while it probed.
@@ -142,7 +162,7 @@ func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 	layers := filepath.Join(cfg.Root, "layers")
 	abandon := func(ctx context.Context) error { return layerfs.Abandon(ctx, root, socket) }
 	if !cfg.Snapshotter.Lazy || deps.Layers == nil {
-		return Mounting{First: abandon}, chosen{way: "unpack", why: "snapshotter.lazy is off"}, nil
+		return Mounting{First: abandon}, chosen{wayUnpack, "snapshotter.lazy is off"}, nil
 	}
 	c, err := chooseMount(cfg.Lazy.Mount, layers, deps.Self, socket)
 	if err != nil {
@@ -152,7 +172,7 @@ func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 		return Mounting{Layers: deps.Layers, First: abandon}, c, nil
 	}
 	return Mounting{EROFS: &layerfs.Options{
-		Store: layers, State: root, Source: deps.Layers, Quota: int64(cfg.Lazy.Quota), Loop: c.loop,
+		Store: layers, State: root, Source: deps.Layers, Quota: int64(cfg.Lazy.Quota), Loop: c.way == MountLoop,
 		NoPublished: cfg.Lazy.Believe != BelieveAll, NoMembers: cfg.Lazy.Believe == BelieveOwn,
 		Quiet: time.Duration(cfg.Lazy.Quiet), Log: deps.Log, Socket: socket,
 		Keeper: []string{deps.Self, KeeperCommand, socket}, Mounter: []string{deps.Self, MounterCommand},

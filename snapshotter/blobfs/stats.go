@@ -56,7 +56,7 @@ func (w *waits) histogram() (h Histogram) {
 
 type counters struct {
 	reads, bytes, errors, interrupted, waited atomic.Uint64
-	wait                                      atomic.Int64              // nanoseconds
+	wait                                      atomic.Int64 // nanoseconds
 	late                                      waits
 	logged                                    atomic.Pointer[time.Time] // when a failed read was last logged: with the clock that does not jump
 	unlogged                                  atomic.Int64              // how many failed since

@@ -52,6 +52,20 @@ func Probe(dir string) (Support, error) {
 	return Loop, plain
 }
 
+// ProbeLoop finds out whether layers whose files lie in dir can be mounted with
+// MountOptions.Loop, in the same way.
+func ProbeLoop(dir string) error {
+	work, err := os.MkdirTemp(dir, "erofs-probe-")
+	if err != nil {
+		return fmt.Errorf("whether EROFS works here cannot be tried: %w", err)
+	}
+	defer os.RemoveAll(work)
+	if err := tryMount(work, MountOptions{Loop: true}); err != nil {
+		return fmt.Errorf("EROFS on loop devices does not work: %w", err)
+	}
+	return nil
+}
+
 // tryMount makes a layer of one file in an empty folder and reads it.
 func tryMount(work string, o MountOptions) (err error) {
 	at := func(name string) string { return filepath.Join(work, name) }
