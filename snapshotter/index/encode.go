@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
@@ -65,11 +66,11 @@ func Encode(w io.Writer, x *Index) error {
 	if err := x.Validate(); err != nil {
 		return err
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))
+	enc, done, err := encoder()
 	if err != nil {
 		return err
 	}
-	defer enc.Close()
+	defer done()
 	var cols [columns][]byte
 	x.putEntries(&cols)
 	x.putExtents(&cols)
@@ -99,6 +100,31 @@ func Encode(w io.Writer, x *Index) error {
 		return fmt.Errorf("the layer's index could not be written: %w", err)
 	}
 	return nil
+}
+
+// encodersMost is how many encoders there are at once: each has up to 50 MB, and an image may have a hundred layers that
+// come side by side.
+const encodersMost = 2
+
+// encoders are those that nobody uses, and the places of those in use. To make one takes longer than to compress what most
+// layers have; the garbage collector takes those that were not used for a while.
+var encoders = struct {
+	idle  sync.Pool // of *zstd.Encoder
+	inUse chan struct{}
+}{inUse: make(chan struct{}, encodersMost)}
+
+// encoder waits for one, which has to be given back by done.
+func encoder() (enc *zstd.Encoder, done func(), err error) {
+	encoders.inUse <- struct{}{}
+	enc, _ = encoders.idle.Get().(*zstd.Encoder)
+	if enc == nil {
+		enc, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))
+	}
+	if err != nil {
+		<-encoders.inUse
+		return nil, nil, err
+	}
+	return enc, func() { encoders.idle.Put(enc); <-encoders.inUse }, nil
 }
 
 // section writes one section, compressed by enc unless that is nil.
