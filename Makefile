@@ -71,7 +71,7 @@ bench-fetch: deps build ## 1 GiB from a loopback registry against plain HTTP ran
 .PHONY: bench-swarm bench-demand bench-node bench-lazy bench-read bench-unpack
 bench-swarm: ## cold nodes at once on shaped links, with every mishap, against plain pulls; as root
 bench-demand: ## reads that somebody waits for, from a peer, idle and beside a full download; as root
-bench-node: ## what 1,000 blobs cost a node that has nothing to do; as root
+bench-node: ## what 1,000 blobs, and 300 mounted layers, cost a node that has nothing to do; its restart; as root
 bench-lazy: ## how soon real programs run whose images are not there yet, against overlayfs and stargz; as root
 bench-read: ## files of lazy and of complete layers against ext4, hot, and whole images cold; as root
 bench-unpack: ## eager pulls without a link against containerd alone: time and memory; as root

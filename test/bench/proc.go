@@ -44,9 +44,15 @@ func RSS(pid int) (int64, error) { return memory(pid, "VmRSS:") }
 // PeakRSS is the most resident memory that a running process had so far, in bytes.
 func PeakRSS(pid int) (int64, error) { return memory(pid, "VmHWM:") }
 
+// PSS is the resident memory of a running process with its part of what it shares, in bytes: of processes of one program that of the
+// program itself is counted once among them, not once for each.
+func PSS(pid int) (int64, error) { return memoryOf(pid, "smaps_rollup", "Pss:") }
+
 // memory reads a line of proc_pid_status(5).
-func memory(pid int, name string) (int64, error) {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+func memory(pid int, name string) (int64, error) { return memoryOf(pid, "status", name) }
+
+func memoryOf(pid int, file, name string) (int64, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
 	if err != nil {
 		return 0, fmt.Errorf("read the memory of process %d: %w", pid, err)
 	}

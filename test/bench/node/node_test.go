@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/docker-quay/docker-quay/snapshotter/erofs"
 	"github.com/docker-quay/docker-quay/test/bench"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
@@ -46,6 +47,35 @@ func TestMeasure(t *testing.T) {
 		t.Errorf("memory or CPU that cannot be: %+v", got)
 	}
 	if got.Start <= 0 || got.Serving <= got.Start || got.Goroutines < 5 || got.FDs < 5 {
+		t.Errorf("figures that cannot be: %+v", got)
+	}
+}
+
+// TestMeasureLayers mounts two images of few layers, for the sake of the benchmark.
+func TestMeasureLayers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts whole nodes")
+	}
+	rig.RequireRoot(t)
+	if support, err := erofs.Probe(t.TempDir()); support == erofs.None {
+		t.Skip(err)
+	}
+	r := rig.ForTest(t)
+	got, err := measureLayers(t.Context(), r, 2, 5, load{settle: time.Second, rest: time.Second})
+	if errors.Is(err, rig.ErrNoNamespaces) || errors.Is(err, rig.ErrNoTool) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !got.OK || got.Layers != 10 || got.Blobs != 0 {
+		t.Errorf("not ok: %+v", got)
+	}
+	// Two processes of a Go program at least, which are more than 3 MB each.
+	if got.RSS < 5 || got.Helpers < 6 || got.Helpers > 200 || got.RSSPeak < got.RSS || got.RSSStart < 5 {
+		t.Errorf("memory that cannot be: %+v", got)
+	}
+	if got.Start <= 0 || got.Serving <= got.Start || got.Goroutines < 5 || got.FDs < 10 {
 		t.Errorf("figures that cannot be: %+v", got)
 	}
 }
