@@ -120,8 +120,13 @@ plugin-host: $(BUILT) ## the CLI plugin for all users: /usr/local/lib/docker/cli
 	install -D -m 0755 $(BIN)/docker-quay $(HOST_PLUGINS)/docker-quay
 	ln -sf docker-quay $(HOST_PLUGINS)/docker-torrent
 
+# While the daemon runs release refuses, and so nothing is removed. What is staged below DESTDIR runs nowhere, and who is not root has no
+# daemon.
 .PHONY: uninstall
-uninstall: ## removes what the install targets put there, and nothing else
+uninstall: ## unmounts what the stopped daemon left, then removes what the install targets put there, and nothing else
+	@if [ -z '$(DESTDIR)' ] && [ "$$(id -u)" = 0 ] && [ -x $(BINDIR)/containerd-quay-grpc ]; then \
+	  echo '$(BINDIR)/containerd-quay-grpc release'; $(BINDIR)/containerd-quay-grpc release || { \
+	  echo 'make uninstall: nothing was removed, as layers may still be mounted. If the daemon runs, stop it first: systemctl disable --now containerd-quay-grpc' >&2; exit 1; }; fi
 	rm -f $(BINDIR)/docker-quay $(BINDIR)/containerd-quay-grpc $(foreach dir,$(HOST_PLUGINS) $(USER_PLUGINS),$(dir)/docker-quay $(dir)/docker-torrent)
 	rm -f $(foreach unit,$(UNITS),$(UNITDIR)/$(notdir $(unit)))
 

@@ -183,8 +183,8 @@ func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 // done before the node is without docker quay.
 func Release(ctx context.Context, cfg Config, log *slog.Logger) error {
 	root := filepath.Join(cfg.Root, "snapshotter")
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return fmt.Errorf("the snapshotter's folder cannot be made: %w", err)
+	if _, err := os.Stat(root); errors.Is(err, os.ErrNotExist) {
+		return nil // no daemon ever ran here
 	}
 	lock, err := lockDir(root)
 	if err != nil {
