@@ -48,6 +48,7 @@ func TestUnit(t *testing.T) {
 	}
 	for k, want := range map[string]string{
 		"Type": "notify", "Restart": "always", "KillMode": "process", "RuntimeDirectoryPreserve": "yes", "Before": "containerd.service",
+		"NotifyAccess": "main", "FileDescriptorStoreMax": "16", "FileDescriptorStorePreserve": "yes",
 	} {
 		if keys[k] != want {
 			t.Errorf("%s=%s, want %s", k, keys[k], want)

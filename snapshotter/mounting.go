@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/docker-quay/docker-quay/snapshotter/erofs"
+	"github.com/docker-quay/docker-quay/snapshotter/keeper"
 	"github.com/docker-quay/docker-quay/snapshotter/layerfs"
 )
 
@@ -171,12 +172,30 @@ func mounting(cfg Config, deps Deps) (Mounting, chosen, error) {
 	if c.way == MountFUSE {
 		return Mounting{Layers: deps.Layers, First: abandon}, c, nil
 	}
+	beside, err := fdStore()
+	if err != nil {
+		deps.Log.Warn("systemd's store of open files is not used", "error", err)
+	}
 	return Mounting{EROFS: &layerfs.Options{
-		Store: layers, State: root, Source: deps.Layers, Quota: int64(cfg.Lazy.Quota), Loop: c.way == MountLoop,
+		Beside: beside,
+		Store:  layers, State: root, Source: deps.Layers, Quota: int64(cfg.Lazy.Quota), Loop: c.way == MountLoop,
 		NoPublished: cfg.Lazy.Believe != BelieveAll, NoMembers: cfg.Lazy.Believe == BelieveOwn,
 		Quiet: time.Duration(cfg.Lazy.Quiet), Log: deps.Log, Socket: socket,
 		Keeper: []string{deps.Self, KeeperCommand, socket}, Mounter: []string{deps.Self, MounterCommand},
 	}}, c, nil
+}
+
+// fdStore is systemd's store of open files, nil when systemd did not start this process. Whether it has room for this unit only
+// shows when the next daemon gets its files, or not: since version 254 FDSTORE says so, which is younger than what many run.
+func fdStore() (keeper.Store, error) {
+	s, err := keeper.NewSystemd()
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // Release unmounts all layers of a node whose daemon does not run, and ends the keeper: what is to be

@@ -75,7 +75,8 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestNotify plays systemd: the daemon says READY, feeds the watchdog, says STOPPING.
+// TestNotify plays systemd: the daemon says READY, feeds the watchdog, says STOPPING. What it wants to have kept comes before and after, with
+// barriers.
 func TestNotify(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: the daemon refuses to run otherwise")
@@ -108,21 +109,38 @@ func TestNotify(t *testing.T) {
 		cmd.SetArgs([]string{"--config", cfg, "--root", dir + "/root"})
 		done <- cmd.ExecuteContext(ctx)
 	}()
+	said := make(chan string, 100)
+	go func() {
+		defer close(said)
+		buf := make([]byte, 1000)
+		for {
+			// The files that come along are closed: a barrier is over then.
+			n, err := l.Read(buf)
+			if err != nil {
+				return
+			}
+			said <- string(buf[:n])
+		}
+	}()
+	var kept []string
 	want := []string{"READY=1", "WATCHDOG=1", "WATCHDOG=1", "STOPPING=1"}
-	buf := make([]byte, 100)
 	for i, w := range want {
 		if i == len(want)-1 {
 			cancel()
 		}
 		for {
-			l.SetReadDeadline(time.Now().Add(10 * time.Second))
-			n, err := l.Read(buf)
-			if err != nil {
-				t.Fatal("waiting for", w, err)
+			var got string
+			select {
+			case got = <-said:
+			case <-time.After(10 * time.Second):
+				t.Fatal("waiting for", w)
 			}
-			if got := string(buf[:n]); got == w {
+			if got == w {
 				break
-			} else if got != "WATCHDOG=1" {
+			}
+			if strings.HasPrefix(got, "FDSTORE") {
+				kept = append(kept, got)
+			} else if got != "WATCHDOG=1" && got != "BARRIER=1" {
 				t.Fatalf("got %s, want %s", got, w)
 			}
 		}
@@ -130,4 +148,17 @@ func TestNotify(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+	l.Close()
+	for got := range said {
+		if strings.HasPrefix(got, "FDSTORE") {
+			kept = append(kept, got)
+		}
+	}
+	// Where layers are not mounted as EROFS there is nothing to keep. Here nothing was mounted when the daemon ended.
+	for i, head := range []string{"FDSTORE=1\nFDPOLL=0\nFDNAME=quay.blobfs-", "FDSTOREREMOVE=1\nFDNAME=quay.blobfs-"} {
+		if len(kept) != 0 && (len(kept) != 2 || !strings.HasPrefix(kept[i], head)) {
+			t.Errorf("what systemd is to keep: %q", kept)
+		}
+	}
+	t.Logf("%q", kept)
 }

@@ -8,6 +8,7 @@
 //
 //	Client   talks to a keeper, a tiny process of ours that does nothing else
 //	Systemd  gives the files to systemd, where a unit with FileDescriptorStoreMax= runs us
+//	Both     two of them
 //
 // # Life of a file
 //
@@ -27,5 +28,5 @@
 // small, and has a version in every message.
 //
 // What it cannot outlive: a service manager that kills by cgroup and denies us another
-// one (use Systemd there, or KillMode=process), and the end of its container or pod.
+// one (have Systemd beside it there, or KillMode=process), and the end of its container or pod.
 package keeper

@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/docker-quay/docker-quay/snapshotter/keeper"
 	"github.com/docker-quay/docker-quay/snapshotter/layerstore"
 	"github.com/docker-quay/docker-quay/snapshotter/lazy"
 )
@@ -42,6 +43,8 @@ type Options struct {
 	Socket                 string       // the keeper's
 	Keeper                 []string     // the command that runs keeper.Run on Socket
 	Mounter                []string     // the command that runs RunMounter
+	// Beside also keeps what the keeper does: systemd, where there is one. May be nil. It is the file system's from New on.
+	Beside keeper.Store
 }
 
 // FileSystem mounts layers. Its methods may be called from many goroutines; calls for one

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -45,47 +44,84 @@ type link struct {
 	err    error // of the server; set before done is closed
 }
 
-// fdStore tells whether systemd keeps files for us (sd_listen_fds(3): since version 254 it says so).
-func fdStore() bool {
-	n, err := strconv.Atoi(os.Getenv("FDSTORE"))
-	return err == nil && n > 0
+// newLink takes over the connection of a former daemon, or makes one.
+func newLink(ctx context.Context, o Options) (*link, error) {
+	return newLinkBy(ctx, o, (*blobfs.Server).Resend)
 }
 
-// newLink takes over the connection of a former daemon, or makes one.
-func newLink(ctx context.Context, o Options) (_ *link, err error) {
+// newLinkBy is newLink with what has the kernel send again what the former daemon did not answer.
+func newLinkBy(ctx context.Context, o Options, resend func(*blobfs.Server) error) (*link, error) {
 	ctx, cancel := context.WithTimeout(ctx, linkTimeout)
 	defer cancel()
-	l := &link{point: blobsOf(o.State), socket: o.Socket, keeper: o.Keeper, log: o.Log, done: make(chan struct{})}
-	if fdStore() {
-		l.kept, err = keeper.NewSystemd()
-	} else if err = keeper.Start(ctx, o.Socket, o.Keeper); err == nil {
-		l.own = true
-		l.kept, err = keeper.Dial(ctx, o.Socket)
-	}
-	if err != nil {
+	l := &link{point: blobsOf(o.State), socket: o.Socket, keeper: o.Keeper, log: o.Log}
+	if err := l.open(ctx, o.Beside); err != nil {
 		return nil, err
 	}
-	if l.dev, l.taken, err = blobfs.Connect(ctx, l.kept, l.point); err != nil {
+	if err := l.begin(ctx); err != nil {
 		return nil, errors.Join(err, l.kept.Close())
+	}
+	if !l.taken {
+		return l, nil
+	}
+	if err := resend(l.server); err != nil {
+		// What the former daemon had read and not answered is lost: its readers would wait for ever.
+		o.Log.Error("the former daemon's connection cannot be gone on with, so all layers are mounted anew: containers on layers that are not complete get errors, and have to be started again", "error", err)
+		l.cancel()
+		<-l.done
+		if err := errors.Join(abort(l.point), l.server.Close(), l.dev.Close()); err != nil {
+			return nil, errors.Join(err, l.kept.Close())
+		}
+		if err := l.begin(ctx); err != nil {
+			return nil, errors.Join(err, l.kept.Close())
+		}
+	}
+	return l, nil
+}
+
+// open finds or starts who keeps the connection.
+func (l *link) open(ctx context.Context, beside keeper.Store) error {
+	err := keeper.Start(ctx, l.socket, l.keeper)
+	var own *keeper.Client
+	if err == nil {
+		own, err = keeper.Dial(ctx, l.socket)
+	}
+	switch {
+	case err == nil && beside == nil:
+		l.own, l.kept = true, own
+	case err == nil:
+		l.own, l.kept = true, keeper.NewBoth(own, beside, func(err error) {
+			l.log.Warn("systemd does not keep the connection of layers: if the keeper is killed along with the daemon, containers on layers that are not complete get errors", "error", err)
+		})
+	case beside != nil:
+		l.log.Warn("there is no keeper, so systemd alone keeps the connection of layers", "error", err)
+		l.kept = beside
+	default:
+		return err
+	}
+	return nil
+}
+
+// begin has the connection served: the former daemon's where there is one.
+func (l *link) begin(ctx context.Context) (err error) {
+	if l.dev, l.taken, err = blobfs.Connect(ctx, l.kept, l.point); err != nil {
+		return err
 	}
 	restore := time.Duration(0)
 	if l.taken {
 		restore = restoreWithin
+		// Whoever keeps it may have been started since.
+		if err := blobfs.Keep(ctx, l.kept, l.point, l.dev); err != nil {
+			return errors.Join(err, l.dev.Close())
+		}
 	}
-	l.server = blobfs.New(l.dev, blobfs.Options{Restore: restore, Log: o.Log})
+	l.server = blobfs.New(l.dev, blobfs.Options{Restore: restore, Log: l.log})
 	sctx, stop := context.WithCancel(context.Background())
-	l.cancel = stop
+	l.cancel, l.done = stop, make(chan struct{})
 	go func() {
 		defer close(l.done)
 		l.err = l.server.Run(sctx)
 	}()
-	if l.taken {
-		if err := l.server.Resend(); err != nil {
-			// What the former daemon had read and not answered is lost: its readers would wait for ever.
-			return nil, errors.Join(err, l.destroy())
-		}
-	}
-	return l, nil
+	return nil
 }
 
 func blobsOf(state string) string { return filepath.Join(state, "blobs") }
