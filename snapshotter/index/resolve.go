@@ -98,7 +98,11 @@ func (t *tree) parent(p string) (*node, string, error) {
 		name, rest, _ = strings.Cut(rest, "/")
 		child := n.children[name]
 		if child == nil {
-			child = t.newDir()
+			gid := uint32(0)
+			if n.Mode&unix.S_ISGID != 0 {
+				gid = n.GID // as mkdir(2) has it
+			}
+			child = newDir(gid)
 			if err := t.put(n, name, child); err != nil {
 				return nil, "", err
 			}

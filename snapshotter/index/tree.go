@@ -50,13 +50,14 @@ type dirTime struct {
 
 func newTree() *tree {
 	t := &tree{}
-	t.root = t.newDir()
+	t.root = newDir(0)
 	t.root.Implicit = false // it is the same in every layer, named or not
 	return t
 }
 
-func (t *tree) newDir() *node {
-	return &node{inode: &inode{Entry: Entry{Mode: unix.S_IFDIR | 0o755, Implicit: true}, place: -1}}
+// newDir makes a directory that the layer only implies.
+func newDir(gid uint32) *node {
+	return &node{inode: &inode{Entry: Entry{Mode: unix.S_IFDIR | 0o755, GID: gid, Implicit: true}, place: -1}}
 }
 
 func (n *node) is(format uint32) bool { return n.Mode&unix.S_IFMT == format }
