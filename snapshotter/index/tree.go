@@ -228,6 +228,10 @@ func (t *tree) attributes(ino *inode, h *tar.Header) (err error) {
 	if ino.Mode&unix.S_IFMT != unix.S_IFLNK {
 		ino.Mode = ino.Mode&unix.S_IFMT | uint32(h.Mode)&0o7777
 	}
+	if ino.Mode&unix.S_IFMT != unix.S_IFDIR {
+		// chown(2) takes a file's capabilities away: of a hard link those count that the last name has.
+		ino.Xattrs = slices.DeleteFunc(ino.Xattrs, func(a Xattr) bool { return a.Name == "security.capability" })
+	}
 	ino.Implicit = false
 	ino.Sec, ino.Nsec = 0, 0
 	// containerd's bounds: the epoch, and 2^63 ns after it.
@@ -235,7 +239,7 @@ func (t *tree) attributes(ino *inode, h *tar.Header) (err error) {
 		ino.Sec, ino.Nsec = m.Unix(), uint32(m.Nanosecond())
 	}
 	for key, value := range h.PAXRecords {
-		if name, ok := strings.CutPrefix(key, paxXattr); ok && kept(name, ino.Mode) {
+		if name, ok := strings.CutPrefix(key, paxXattr); ok && KeptXattr(name, ino.Mode) {
 			if err := t.setXattr(ino, name, value); err != nil {
 				return err
 			}
@@ -244,10 +248,10 @@ func (t *tree) attributes(ino *inode, h *tar.Header) (err error) {
 	return nil
 }
 
-// kept tells whether an attribute comes to be when containerd unpacks it: it leaves out
+// KeptXattr tells whether an attribute of a file with this st_mode comes to be when containerd unpacks it: it leaves out
 // trusted ones, those that the file system does not know, and user ones of
 // what is neither file nor directory.
-func kept(name string, mode uint32) bool {
+func KeptXattr(name string, mode uint32) bool {
 	switch format := mode & unix.S_IFMT; {
 	case strings.HasPrefix(name, "user."):
 		return format == unix.S_IFREG || format == unix.S_IFDIR

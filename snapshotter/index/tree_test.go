@@ -58,6 +58,9 @@ func pax(key, value string) func(*tar.Header) {
 	}
 }
 
+// capability is what setcap(8) makes of "cap_net_raw=ep".
+const capability = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
 func makeTar(tb testing.TB, entries []tarEntry) []byte {
 	tb.Helper()
 	var b bytes.Buffer
@@ -95,7 +98,7 @@ func layers() map[string][]tarEntry {
 		"order":       {file("a.b", "1"), dir("a"), file("a/z", "2"), file("a-b", "3"), file("a/y/x", "4"), file("a/y.x", "5")},
 		"implicit":    {file("x/y/z", "1"), dir("x"), file("p/q", "2")},
 		"in setgid":   {dir("g", owned), file("g/x/y/z", "1")},
-		"xattrs":      {file("f", "1", pax("SCHILY.xattr.user.a", "1"), pax("SCHILY.xattr.user.z", "\x00\xff"), pax("SCHILY.xattr.trusted.no", "1"), pax("SCHILY.xattr.strange", "1"), pax("SCHILY.xattr.security.capability", "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")), dir("d", pax("SCHILY.xattr.user.d", "x")), entry(tar.TypeFifo, "p", pax("SCHILY.xattr.user.p", "x"))},
+		"xattrs":      {file("f", "1", pax("SCHILY.xattr.user.a", "1"), pax("SCHILY.xattr.user.z", "\x00\xff"), pax("SCHILY.xattr.trusted.no", "1"), pax("SCHILY.xattr.strange", "1"), pax("SCHILY.xattr.security.capability", capability)), dir("d", pax("SCHILY.xattr.user.d", "x")), entry(tar.TypeFifo, "p", pax("SCHILY.xattr.user.p", "x"))},
 		"whiteouts":   {file(".wh.a", ""), file("d/.wh.b", ""), file("d/.wh..wh..opq", ""), file("d/c", "x"), file(".wh..wh.plnk", "", owned), file(".wh.back", ""), file("back", "again")},
 		"opaque root": {file(".wh..wh..opq", ""), file("a", "x")},
 		"replaced": {
@@ -105,6 +108,14 @@ func layers() map[string][]tarEntry {
 		},
 		"link survives":   {file("a", "data"), link(tar.TypeLink, "b", "a"), file("a", "other")},
 		"link attributes": {file("a", "data"), func() tarEntry { e := link(tar.TypeLink, "b", "a"); e.h.Mode, e.h.Uid = 0o600, 7; return e }()},
+		"link takes capabilities": {
+			file("a", "data", pax("SCHILY.xattr.security.capability", capability), pax("SCHILY.xattr.user.a", "1")), link(tar.TypeLink, "b", "a"),
+			file("c", "data"), func() tarEntry {
+				e := link(tar.TypeLink, "d", "c")
+				pax("SCHILY.xattr.security.capability", capability)(&e.h)
+				return e
+			}(),
+		},
 		"through links":   {dir("usr/lib"), link(tar.TypeSymlink, "lib", "usr/lib"), file("lib/f", "1"), link(tar.TypeSymlink, "abs", "/usr"), file("abs/lib/g", "2"), link(tar.TypeLink, "h", "lib/g"), link(tar.TypeSymlink, "up", "../../../usr"), file("up/k", "3"), link(tar.TypeLink, "tolink", "lib")},
 		"through missing": {link(tar.TypeSymlink, "l", "not/here"), file("l/f", "1")},
 		"contained":       {file("../../escape", "1"), file("/abs", "2"), file("a/../../b", "3"), dir("..")},

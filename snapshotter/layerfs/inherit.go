@@ -54,11 +54,20 @@ func (f *FileSystem) inherit(at string, s *served, parents []string) error {
 	if err != nil {
 		return err
 	}
+	group := map[string]uint32{} // of the directories here whose new subdirectories get theirs, as mkdir(2) has it
 	for i := range x.Entries {
-		if e := &x.Entries[i]; e.Implicit && e.Path != "" {
-			if err := inheritDir(e, parents); err != nil {
-				return fmt.Errorf("the attributes of %q in the layers below cannot be read: %w", e.Path, err)
-			}
+		e := &x.Entries[i]
+		if !e.Implicit || e.Path == "" {
+			continue
+		}
+		if gid, ok := group[filepath.Dir(e.Path)]; ok {
+			e.GID = gid
+		}
+		if err := inheritDir(e, parents); err != nil {
+			return fmt.Errorf("the attributes of %q in the layers below cannot be read: %w", e.Path, err)
+		}
+		if e.Mode&unix.S_ISGID != 0 {
+			group[e.Path] = e.GID
 		}
 	}
 	l, err := erofs.Plan(x.Blob, x.Entries, x.DataSize)
