@@ -201,6 +201,8 @@ func (s *Snapshots) Prepare(ctx context.Context, key, parent string, opts ...sna
 		case err != nil:
 			return s.Snapshotter.Prepare(ctx, key, parent, append(opts, withoutTarget)...)
 		}
+	} else if parent != "" {
+		ctx = lazy.OnOthers(ctx)
 	}
 	m, err := s.Snapshotter.Prepare(ctx, key, parent, opts...)
 	if !errdefs.IsAlreadyExists(err) {

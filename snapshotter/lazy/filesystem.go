@@ -262,6 +262,14 @@ func (f *FileSystem) mount(ctx context.Context, p *place, at string, labels map[
 	return err
 }
 
+type onOthersKey struct{}
+
+// OnOthers tells Mount that the layer lies on others. One that leaves out folders of theirs is then not mounted: its tree
+// would have these folders with attributes of its own.
+func OnOthers(ctx context.Context) context.Context {
+	return context.WithValue(ctx, onOthersKey{}, true)
+}
+
 // build does the work of a mount.
 func (f *FileSystem) build(ctx context.Context, at string, t Target) (*mounted, format, error) {
 	if f.layers == nil {
@@ -275,6 +283,10 @@ func (f *FileSystem) build(ctx context.Context, at string, t Target) (*mounted, 
 	blob, table, err := f.open(ctx, t.Ref, desc, ref)
 	if err != nil {
 		return nil, "", err
+	}
+	if on, _ := ctx.Value(onOthersKey{}).(bool); on && table.implied != "" {
+		blob.Close()
+		return nil, "", fmt.Errorf("it leaves out the folder %q, whose attributes are those of the layers below", table.implied)
 	}
 	reader := &blobReader{blob: blob, size: desc.Size, failed: f.readFailed(t.Ref, desc.Digest)}
 	// Not the context of this call: the mount outlives it.

@@ -95,6 +95,19 @@ func TestCraftedTables(t *testing.T) {
 			{Name: "d/f", Type: "reg"},
 			{Name: "d/e", Type: "hardlink", LinkName: "d"},
 		}, "leads to no file"},
+		{"a name that was not UTF-8", []estargz.TOCEntry{{Name: "caf\ufffd", Type: "reg"}}, "not UTF-8"},
+		{"a hard link like its file", []estargz.TOCEntry{
+			{Name: "a", Type: "reg", Mode: 0o755, Xattrs: map[string][]byte{"security.capability": {1}, "user.a": {2}}},
+			{Name: "b", Type: "hardlink", LinkName: "a", Mode: 0o755, Xattrs: map[string][]byte{"security.capability": {1}}},
+		}, ""},
+		{"a hard link unlike its file", []estargz.TOCEntry{
+			{Name: "a", Type: "reg", Mode: 0o755},
+			{Name: "b", Type: "hardlink", LinkName: "a", Mode: 0o644},
+		}, "attributes that its file does not have"},
+		{"a hard link that takes a capability away", []estargz.TOCEntry{
+			{Name: "a", Type: "reg", Xattrs: map[string][]byte{"security.capability": {1}}},
+			{Name: "b", Type: "hardlink", LinkName: "a"},
+		}, "attributes that its file does not have"},
 		{"links in a circle", []estargz.TOCEntry{
 			{Name: "a", Type: "hardlink", LinkName: "b"},
 			{Name: "b", Type: "hardlink", LinkName: "a"},
@@ -136,4 +149,24 @@ func FuzzTOC(f *testing.F) {
 	f.Fuzz(func(t *testing.T, blob []byte) {
 		_, _ = readTOC(context.Background(), bytesLayer{bytes.NewReader(blob)}, int64(len(blob)), tocRef{json: digest.FromString("x")})
 	})
+}
+
+func TestImpliedFolder(t *testing.T) {
+	dir := func(name string) *estargz.TOCEntry { return &estargz.TOCEntry{Name: name, Type: "dir"} }
+	file := func(name string) *estargz.TOCEntry { return &estargz.TOCEntry{Name: name, Type: "reg"} }
+	for _, c := range []struct {
+		name    string
+		entries []*estargz.TOCEntry
+		want    string
+	}{
+		{"nothing", nil, ""},
+		{"in the root", []*estargz.TOCEntry{file("a"), {Type: "chunk"}}, ""},
+		{"listed, in any order and form", []*estargz.TOCEntry{file("./a/b/f"), dir("/a/b/"), dir("a")}, ""},
+		{"left out", []*estargz.TOCEntry{dir("a"), file("a/b/f")}, "a/b"},
+		{"left out above", []*estargz.TOCEntry{dir("a/b"), file("a/b/f")}, "a"},
+	} {
+		if got := impliedFolder(&estargz.JTOC{Entries: c.entries}); got != c.want {
+			t.Errorf("%s: %q, not %q", c.name, got, c.want)
+		}
+	}
 }

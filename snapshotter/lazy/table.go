@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,8 +34,8 @@ func parseTable(r io.Reader) (*estargz.JTOC, error) {
 	return table, nil
 }
 
-// checkEntries refuses a table that the library would follow in a circle: it overflows
-// the stack when a folder comes to lie inside itself, by a hard link to one, and that
+// checkEntries refuses a table that the library would show otherwise than containerd unpacks the layer, or follow in a circle:
+// it overflows the stack when a folder comes to lie inside itself, by a hard link to one, and that
 // ends the daemon with all its mounts.
 func checkEntries(table *estargz.JTOC) error {
 	entries := make(map[string]*estargz.TOCEntry, len(table.Entries))
@@ -48,6 +49,10 @@ func checkEntries(table *estargz.JTOC) error {
 		}
 		if len(e.Name) > maxName || len(e.LinkName) > maxName {
 			return fmt.Errorf("the table of contents has a name of more than %d bytes", maxName)
+		}
+		if strings.Contains(e.Name+e.LinkName, "\ufffd") {
+			// JSON has no way to write such a name: the tar alone still has it.
+			return fmt.Errorf("the table of contents has the name %q, which may have lost bytes that are not UTF-8", e.Name)
 		}
 		name := entryName(e.Name)
 		entries[name] = e // the last of one name counts
@@ -75,8 +80,50 @@ func checkEntries(table *estargz.JTOC) error {
 			}
 			to = next
 		}
+		if !sameAttributes(e, to) {
+			return fmt.Errorf("the table of contents has a hard link %q with attributes that its file does not have", name)
+		}
 	}
 	return nil
+}
+
+// sameAttributes tells whether a hard link leaves its file as it is: unpacked, the file has the attributes of its last name, and the
+// library shows those of the first.
+func sameAttributes(link, to *estargz.TOCEntry) bool {
+	if link.Mode != to.Mode || link.UID != to.UID || link.GID != to.GID || link.ModTime3339 != to.ModTime3339 {
+		return false
+	}
+	for name, value := range link.Xattrs {
+		if had, ok := to.Xattrs[name]; !ok || !bytes.Equal(had, value) {
+			return false
+		}
+	}
+	// chown(2) takes it away, others stay.
+	_, had := to.Xattrs[capability]
+	_, has := link.Xattrs[capability]
+	return had == has
+}
+
+// capability is the attribute of a file's capabilities.
+const capability = "security.capability"
+
+// impliedFolder is one that has something in it and is not in the table, "" when there is none.
+func impliedFolder(table *estargz.JTOC) string {
+	listed := map[string]bool{"": true}
+	for _, e := range table.Entries {
+		if e.Type == "dir" {
+			listed[entryName(e.Name)] = true
+		}
+	}
+	for _, e := range table.Entries {
+		if e.Type == "chunk" {
+			continue
+		}
+		if dir := entryName(path.Dir("/" + entryName(e.Name))); !listed[dir] {
+			return dir
+		}
+	}
+	return ""
 }
 
 // entryName is the path of an entry from the root, "" for the root itself.

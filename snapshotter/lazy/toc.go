@@ -84,6 +84,8 @@ type toc struct {
 	digest digest.Digest // of the JSON
 	off    int64         // where bytes starts in the blob
 	bytes  []byte        // from off to the blob's end
+	// implied is a folder that the layer leaves out though it has something in it; "" when there is none.
+	implied string
 }
 
 // ranged is what a table of contents is read from.
@@ -116,7 +118,11 @@ func readTOC(ctx context.Context, blob ranged, size int64, ref tocRef) (*toc, er
 	if tableErr != nil {
 		return nil, tableErr
 	}
-	return t, checkEntries(table)
+	if err := checkEntries(table); err != nil {
+		return t, err
+	}
+	t.implied = impliedFolder(table)
+	return t, nil
 }
 
 // readTail fetches the end of a layer, checks the compressed table of contents if ref has a digest

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,9 @@ import (
 	"github.com/containerd/stargz-snapshotter/task"
 	fusefs "github.com/hanwen/go-fuse/v2/fs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/docker-quay/docker-quay/snapshotter/index"
 )
 
 // readTimeout bounds one read of compressed bytes; after it the reader sees EIO. A
@@ -178,10 +182,47 @@ func (b *blobReader) close() {
 	b.blob.Close()
 }
 
-// meteredReader tells the chunk cache how much is decoded into it.
+// meteredReader tells the chunk cache how much is decoded into it, and gives the attributes that unpacked files would have.
 type meteredReader struct {
 	metadata.Reader
 	cache *chunkCache
+}
+
+func (m *meteredReader) GetAttr(id uint32) (metadata.Attr, error) {
+	attr, err := m.Reader.GetAttr(id)
+	return unpacked(attr), err
+}
+
+func (m *meteredReader) GetChild(pid uint32, base string) (uint32, metadata.Attr, error) {
+	id, attr, err := m.Reader.GetChild(pid, base)
+	return id, unpacked(attr), err
+}
+
+// unpacked leaves out the extended attributes that unpackers leave out, of which some would be orders to overlayfs, gives symbolic
+// links the mode that they have on every Linux file system, whatever the tar says, and bounds times as containerd does: a table has no time
+// at all where the tar has the epoch.
+func unpacked(attr metadata.Attr) metadata.Attr {
+	mode := uint32(unix.S_IFIFO) // what has no contents
+	switch {
+	case attr.Mode&os.ModeSymlink != 0:
+		attr.Mode |= os.ModePerm
+		mode = unix.S_IFLNK
+	case attr.Mode.IsRegular():
+		mode = unix.S_IFREG
+	case attr.Mode.IsDir():
+		mode = unix.S_IFDIR
+	}
+	if attr.ModTime.Before(time.Unix(0, 0)) || attr.ModTime.After(time.Unix(0, math.MaxInt64)) {
+		attr.ModTime = time.Unix(0, 0)
+	}
+	xattrs := attr.Xattrs
+	attr.Xattrs = make(map[string][]byte, len(xattrs)) // the reader's own must not change
+	for name, value := range xattrs {
+		if index.KeptXattr(name, mode) {
+			attr.Xattrs[name] = value
+		}
+	}
+	return attr
 }
 
 func (m *meteredReader) OpenFileWithPreReader(id uint32, preRead func(uint32, int64, int64, string, io.Reader) error) (metadata.File, error) {
