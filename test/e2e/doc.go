@@ -8,7 +8,7 @@
 //     without credentials, pull and run it, pull it again with the registry away, give
 //     it to a node that cannot reach the registry's blobs;
 //   - lazy_test.go: containers that start before their image is there, and the mirror;
-//   - layers_test.go: images that the daemon unpacks, and that what is mounted is what containerd
+//   - layers_test.go: images that the daemon unpacks; trees_test.go: that what is mounted is what containerd
 //     would unpack; storm_test.go: containers that read while the daemon is killed;
 //     upgrade_test.go: the same while it is replaced by another version, and when the keeper is killed;
 //   - disk_test.go: what a node's folders may lie on, full disks and full quotas; outage_test.go: a registry

@@ -1,23 +1,14 @@
 package e2e
 
 import (
-	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
-	"github.com/containerd/containerd/v2/core/mount"
-	ctrsnapshots "github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"golang.org/x/sys/unix"
 
 	"github.com/docker-quay/docker-quay/fetcher/api"
-	"github.com/docker-quay/docker-quay/snapshotter/erofs/treetest"
-	"github.com/docker-quay/docker-quay/test/image"
-	"github.com/docker-quay/docker-quay/test/rig"
 )
 
 // layers is how the daemon mounts layers, and how that is going.
@@ -86,136 +77,4 @@ func TestEager(t *testing.T) {
 	if st := d.layers(); st.Mounts != 0 || st.Stored != 0 {
 		t.Errorf("after the image was removed: %+v", st)
 	}
-}
-
-// TestEqualTrees: what a container sees is what containerd's own overlayfs shows of the same image, in each way to mount and
-// for each kind of layer, before a layer is complete and after.
-func TestEqualTrees(t *testing.T) {
-	for _, c := range []struct {
-		format image.Format
-		demo   bool // of 17,000 files; else a small one
-		ways   []string
-	}{
-		{image.Gzip, true, []string{"erofs"}},
-		{image.EStargz, true, []string{"erofs"}},
-		{image.EStargz, false, []string{"erofs", "fuse"}},
-		{image.ZstdChunked, false, []string{"erofs", "fuse"}},
-	} {
-		f := c.format
-		t.Run(fmt.Sprintf("%s, demo %v", f, c.demo), func(t *testing.T) {
-			var img *image.Image
-			if c.demo {
-				img = demo(t, f) // before the world's clock runs
-			}
-			w := newWorldFor(t, 2, rig.RegistryOptions{}, 2*testTimeout)
-			if img == nil {
-				var err error
-				img, err = image.Busybox(w.ctx, rig.ImageDir(), f)
-				w.must(err)
-			}
-			for i := range 2 {
-				w.must(w.network.Node(i + 1).SetRate(10000 * rig.Mbit))
-			}
-			w.must(w.network.Registry().SetRate(10000 * rig.Mbit))
-			ref := w.push(img, "demo", f.String())
-			var reference *tree
-			for i, way := range c.ways {
-				n := w.network.Node(i + 1)
-				d := w.daemon(n, daemonOptions{config: "[lazy]\nmount = \"" + way + "\"\n"})
-				if got := d.layers(); got.Mount != way {
-					t.Fatalf("the daemon mounts by %s: %s", got.Mount, got.Why)
-				}
-				c := w.containerd(n, d)
-				w.must(w.registry.WriteHosts(c.CertsDir()))
-				if reference == nil {
-					w.must(c.Pull(w.ctx, "plain", "overlayfs", ref))
-					reference = w.treeOf(c, "plain", "overlayfs")
-				}
-				w.must(c.Pull(w.ctx, "apps", "quay", ref))
-				shown := w.treeOf(c, "apps", "quay")
-				reference.equals(w, shown, way, f)
-				if way == "erofs" {
-					w.until("complete layers", func() bool { st := d.layers(); return st.Direct == st.Mounts })
-					reference.equals(w, w.treeOf(c, "apps", "quay"), way+", complete", f)
-				}
-			}
-		})
-	}
-}
-
-// tree is the root of an image as a runtime shows it.
-type tree struct{ nodes []treetest.Node }
-
-// treeOf reads the only image of a namespace through a read-only snapshot.
-func (w *world) treeOf(c *rig.Containerd, namespace, snapshotter string) *tree {
-	w.Helper()
-	client, err := c.Client(namespace)
-	w.must(err)
-	defer client.Close()
-	ctx := namespaces.WithNamespace(w.ctx, namespace)
-	images, err := client.ListImages(ctx)
-	w.must(err)
-	if len(images) != 1 {
-		w.Fatalf("%d images in %s", len(images), namespace)
-	}
-	diffs, err := images[0].RootFS(ctx)
-	w.must(err)
-	sn := client.SnapshotService(snapshotter)
-	// The top of the chain is what nothing is on.
-	var top string
-	parents := map[string]bool{}
-	var names []string
-	w.must(sn.Walk(ctx, func(_ context.Context, i ctrsnapshots.Info) error {
-		parents[i.Parent] = true
-		names = append(names, i.Name)
-		return nil
-	}))
-	for _, name := range names {
-		if !parents[name] {
-			top = name
-		}
-	}
-	if len(names) != len(diffs) {
-		w.Fatalf("%d snapshots of %d layers", len(names), len(diffs))
-	}
-	key := fmt.Sprintf("view-%d", time.Now().UnixNano())
-	mounts, err := sn.View(ctx, key, top)
-	w.must(err)
-	defer sn.Remove(ctx, key)
-	at := w.dir(key)
-	w.must(mount.All(mounts, at))
-	defer mount.UnmountAll(at, unix.MNT_DETACH)
-	nodes, err := treetest.Read(at, treetest.Options{DirLinks: true})
-	w.must(err)
-	return &tree{nodes}
-}
-
-// equals reports what differs. Left out are the files that lazy formats add to a layer's root, which only an unpacked layer shows,
-// and the parts of a second, which tables of contents do not have.
-func (a *tree) equals(w *world, b *tree, way string, f image.Format) {
-	w.Helper()
-	clean := func(t *tree) (out []treetest.Node) {
-		for _, n := range t.nodes {
-			switch n.Path {
-			case "stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark":
-				continue
-			case "":
-				n.Mtime = time.Time{} // the snapshot's folder's
-			}
-			if f != image.Gzip {
-				n.Mtime = n.Mtime.Truncate(time.Second)
-			}
-			out = append(out, n)
-		}
-		return out
-	}
-	diff := treetest.Diff(clean(a), clean(b))
-	for i, line := range diff {
-		if i == 10 {
-			w.Errorf("%s: and %d more", way, len(diff)-i)
-			break
-		}
-		w.Errorf("%s: %s", way, line)
-	}
-	w.Logf("%s: %d names compared", way, len(b.nodes))
 }

@@ -46,7 +46,8 @@ type world struct {
 	rig      *rig.Rig
 	network  *rig.Network
 	registry *rig.Registry
-	secret   string        // the file with the cluster's secret
+	secret   string // the file with the cluster's secret
+	begun    time.Time
 	people   *atomic.Int64 // how many users and processes there were, for their names
 }
 
@@ -62,7 +63,7 @@ func newWorldFor(t *testing.T, nodes int, o rig.RegistryOptions, timeout time.Du
 	needsNodes(t)
 	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	t.Cleanup(cancel)
-	w := &world{T: t, ctx: ctx, rig: rig.ForTest(t), people: new(atomic.Int64)}
+	w := &world{T: t, ctx: ctx, rig: rig.ForTest(t), people: new(atomic.Int64), begun: time.Now()}
 	var err error
 	w.network, err = w.rig.NewNetwork(rig.NetworkOptions{Nodes: nodes, Rate: linkRate})
 	if errors.Is(err, rig.ErrNoNamespaces) {
