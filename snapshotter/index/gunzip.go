@@ -261,9 +261,8 @@ func (g *gunzip) point(raw bool) {
 	if !g.wanted(raw) {
 		return
 	}
-	at := g.at()
+	at, off := g.at(), g.bitOff()
 	g.closePoint()
-	off := g.bitOff()
 	p := Point{Blob: off / 8, Bit: uint8(off % 8), Stream: at, Raw: raw}
 	if !raw {
 		// A member's end left whole bytes only.
@@ -309,7 +308,7 @@ func (g *gunzip) wanted(raw bool) bool {
 	last := &g.points[len(g.points)-1]
 	since := at - last.Stream
 	if raw {
-		return since >= g.gap && g.bitOff()/8-last.Blob >= g.gap*blobShare/16
+		return since >= g.gap && (g.bitOff()/8-last.Blob >= g.gap*blobShare/16 || since >= g.gap*streamGap)
 	}
 	return since > 0 && since >= g.gap/memberGap
 }

@@ -250,3 +250,38 @@ func BenchmarkInflate(b *testing.B) {
 		}
 	}
 }
+
+// TestPointsOfSmallLayers: what compresses very well has fewer points for its stream, but never so few that much has to be decoded
+// for one read.
+func TestPointsOfSmallLayers(t *testing.T) {
+	const gap = 256 << 10
+	random := rand.New(rand.NewPCG(1, 2))
+	for name, repeat := range map[string]int{"not at all": 1, "well": 6, "very well": 40, "nearly nothing": 5000} {
+		var b bytes.Buffer
+		for b.Len() < 16<<20 {
+			block := make([]byte, 100)
+			for i := range block {
+				block[i] = byte(random.Uint32())
+			}
+			for range repeat {
+				b.Write(block)
+			}
+		}
+		blob := gzipped(t, b.Bytes())
+		_, points, err := gunzipAll(bytes.NewReader(blob), gap)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(points) < 4 {
+			t.Errorf("%s: %d points", name, len(points))
+		}
+		for i := 1; i < len(points); i++ {
+			blobs, stream := points[i].Blob-points[i-1].Blob, points[i].Stream-points[i-1].Stream
+			// Points are between DEFLATE blocks, the longest of which have 8 MiB here.
+			if stream < gap || blobs < gap*blobShare/16 && stream < streamGap*gap || stream > streamGap*gap+8<<20 {
+				t.Errorf("%s: points %d bytes of stream and %d of the blob apart", name, stream, blobs)
+			}
+		}
+		t.Logf("%s: %d points in %d bytes", name, len(points), len(blob))
+	}
+}

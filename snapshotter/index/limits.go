@@ -48,9 +48,11 @@ const (
 	// closer together than those within one.
 	memberGap = 16
 
-	// blobShare: within a gzip member two points are as many sixteenths of the spacing apart in the blob, too. Where
-	// a layer is compressed well much of it is decoded in little time, and points would be most of its index.
+	// Of what compresses well little has to be fetched for much to be decoded, and the windows would take a large part of it: two
+	// points within a member are blobShare sixteenths of the spacing apart in the blob, too, until they are streamGap times
+	// it apart in the stream.
 	blobShare = 7
+	streamGap = 8
 
 	// pointsPerGap is how many points are made until the spacing doubles, so that the
 	// windows' memory grows with the logarithm of the layer: 32 MiB for the first 4 GiB.

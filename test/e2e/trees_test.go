@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -14,11 +15,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/docker-quay/docker-quay/snapshotter/erofs/treetest"
+	"github.com/docker-quay/docker-quay/snapshotter/index"
 	"github.com/docker-quay/docker-quay/test/image"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
 
-// treesEnv has TestEqualTrees also compare the program images of the benchmarks, which take minutes to make and minutes to read.
+// treesEnv has TestEqualTrees and TestSmallIndex also take the program images of the benchmarks, which take minutes to make and minutes
+// to read.
 const treesEnv = "QUAY_TEST_TREES"
 
 // TestEqualTrees: what a container sees is what containerd's own overlayfs shows of the same image, in each way to mount and for
@@ -51,6 +54,50 @@ func TestEqualTrees(t *testing.T) {
 				equalTrees(t, img, f)
 			})
 		}
+	}
+}
+
+// TestSmallIndex: the index of a layer that is worth being lazy has at most a hundredth of its bytes.
+func TestSmallIndex(t *testing.T) {
+	const (
+		most  = 100     // a hundredth
+		worth = 1 << 20 // a smaller layer is there as soon as its index
+	)
+	check := func(name string, img *image.Image) {
+		for _, desc := range img.Layers {
+			if desc.Size < worth {
+				continue
+			}
+			blob, err := os.Open(img.Path(desc.Digest))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer blob.Close()
+			x, err := index.Build(t.Context(), blob, desc, nil, index.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var encoded bytes.Buffer
+			if err := index.Encode(&encoded, x); err != nil {
+				t.Fatal(err)
+			}
+			n := int64(encoded.Len())
+			t.Logf("%s: %.2f %% of %d bytes, %d files", name, 100*float64(n)/float64(desc.Size), desc.Size, len(x.Entries))
+			if n > desc.Size/most {
+				t.Errorf("%s: the index of a layer of %d bytes with %d files has %d", name, desc.Size, len(x.Entries), n)
+			}
+		}
+	}
+	check("demo", demo(t, image.Gzip))
+	if os.Getenv(treesEnv) == "" {
+		return
+	}
+	for _, app := range image.Apps() {
+		img, err := app.Make(t.Context(), rig.ImageDir(), image.Gzip)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check(app.Name, img)
 	}
 }
 
