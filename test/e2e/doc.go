@@ -7,7 +7,8 @@
 //   - round_test.go: what every runtime must be able to do with an image: refuse it
 //     without credentials, pull and run it, pull it again with the registry away, give
 //     it to a node that cannot reach the registry's blobs;
-//   - lazy_test.go: containers that start before their image is there, and the mirror;
+//   - lazy_test.go: containers that start before their image is there, and the mirror; members_test.go: the same with
+//     nothing but another node's word of what is in the layers;
 //   - layers_test.go: images that the daemon unpacks; trees_test.go: that what is mounted is what containerd
 //     would unpack; storm_test.go: containers that read while the daemon is killed;
 //     upgrade_test.go: the same while it is replaced by another version, and when the keeper is killed;
