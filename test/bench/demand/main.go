@@ -17,8 +17,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/docker-quay/docker-quay/test/bench"
@@ -46,14 +44,7 @@ func main() {
 	flag.Int64Var(&o.mib, "mib", 0, "`MiB` of each layer (default: 256, with QUICK=1 64)")
 	flag.IntVar(&o.mbit, "mbit", 200, "speed of every shaped link in Mbit/s, in each direction")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-demand:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-demand", limit, func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

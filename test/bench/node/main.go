@@ -18,8 +18,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/docker-quay/docker-quay/test/bench"
@@ -62,14 +60,7 @@ func main() {
 	})
 	flag.DurationVar(&o.rest, "rest", 20*time.Second, "how long the idle daemons are watched")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-node:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-node", limit, func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

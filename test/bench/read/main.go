@@ -27,8 +27,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/docker-quay/docker-quay/test/bench"
@@ -56,14 +54,7 @@ func main() {
 	flag.DurationVar(&o.roundTrip, "distance", 10*time.Millisecond, "cold: round trip to the registry")
 	flag.StringVar(&o.config, "config", "", "`text` to add to the node daemons' configuration")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-read:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-read", limit, func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

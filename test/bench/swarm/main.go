@@ -19,10 +19,7 @@ import (
 	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/docker-quay/docker-quay/test/bench"
@@ -46,14 +43,7 @@ func main() {
 	flag.BoolVar(&o.noPlain, "no-plain", false, "leave the candidate plain out")
 	flag.BoolVar(&o.logs, "logs", false, "have the daemons log everything; "+rig.KeepVariable+"=1 in the environment keeps the logs")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-swarm:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-swarm", limit, func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

@@ -23,8 +23,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/docker-quay/docker-quay/test/bench"
@@ -48,14 +46,7 @@ func main() {
 	flag.BoolVar(&o.noHelpers, "no-helpers", false, "hide unpigz and igzip from containerd")
 	flag.StringVar(&o.config, "config", "", "`text` to add to the node daemons' configuration")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-unpack:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-unpack", limit, func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {
