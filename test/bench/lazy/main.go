@@ -22,9 +22,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/docker-quay/docker-quay/test/bench"
@@ -60,14 +58,7 @@ func main() {
 	})
 	flag.StringVar(&o.config, "config", "", "`text` to add to the node daemons' configuration")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "bench-lazy:", err)
-		os.Exit(1)
-	}
+	bench.Main("bench-lazy", limit, func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {
