@@ -13,13 +13,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
 
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/origin/origintest"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
 
@@ -30,51 +29,10 @@ func TestMain(m *testing.M) {
 		goleak.IgnoreAnyFunction("github.com/docker-quay/docker-quay/test/rig.closeOnSignal"))
 }
 
-// repository opens one at a registry, as somebody with no login.
-func repository(t *testing.T, host string) *origin.Repository {
-	t.Helper()
-	c, err := origin.New(origin.Options{HostDirs: []string{t.TempDir()}, DockerConfigDir: t.TempDir(), MaxRetries: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	ref, err := reference.ParseNormalizedNamed(host + "/team/app")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := c.Repository(ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
 func testContext(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	t.Cleanup(cancel)
 	return ctx
-}
-
-// push stores a document in a repository.
-func push(t *testing.T, r *origin.Repository, mediaType string, text []byte) ocispec.Descriptor {
-	t.Helper()
-	d := describe(mediaType, text)
-	if err := r.Push(testContext(t), d, text); err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
-// pushManifest stores a manifest with its empty config.
-func pushManifest(t *testing.T, r *origin.Repository, m ocispec.Manifest) ocispec.Descriptor {
-	t.Helper()
-	m.Versioned, m.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
-	m.Config = push(t, r, ocispec.MediaTypeEmptyJSON, []byte("{}"))
-	text, err := json.Marshal(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return push(t, r, m.MediaType, text)
 }
 
 // TestStoreAndFind on the real registry: what a publisher stores another finds, and nothing that others put beside it does harm.
@@ -86,19 +44,19 @@ func TestStoreAndFind(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	repo := repository(t, g.Addr())
+	repo := origintest.Repository(t, g.Addr())
 	var layers []ocispec.Descriptor
 	var torrents []*Torrent
 	for _, n := range []int{300_000, 70_000} {
 		_, b := layer(n)
-		layers = append(layers, push(t, repo, ocispec.MediaTypeImageLayerGzip, b))
+		layers = append(layers, origintest.Push(t, repo, ocispec.MediaTypeImageLayerGzip, b))
 		torrents = append(torrents, makeOf(t, n, full))
 	}
-	image := pushManifest(t, repo, ocispec.Manifest{Layers: layers})
+	image := origintest.PushManifest(t, repo, ocispec.Manifest{Layers: layers})
 	query := Query{Subject: image.Digest, Layers: layers}
 	find := func(q Query, want ...*Torrent) {
 		t.Helper()
-		found, err := Find(testContext(t), repository(t, g.Addr()), q)
+		found, err := Find(testContext(t), origintest.Repository(t, g.Addr()), q)
 		if len(want) == 0 && !errors.Is(err, ErrNone) || len(want) > 0 && err != nil || !reflect.DeepEqual(found, want) {
 			t.Errorf("found %v, %v, want %v", found, err, want)
 		}
@@ -126,14 +84,14 @@ func TestStoreAndFind(t *testing.T) {
 		e.MediaType, e.Annotations = MediaType, map[string]string{LayerAnnotation: string(layer)}
 		return e
 	}
-	first := push(t, repo, MediaType, torrents[0].Encode())
-	short := push(t, repo, MediaType, makeOf(t, 1000, func(o *MakeOptions) { o.Name = LayerName(layers[0].Digest) }).Encode())
+	first := origintest.Push(t, repo, MediaType, torrents[0].Encode())
+	short := origintest.Push(t, repo, MediaType, makeOf(t, 1000, func(o *MakeOptions) { o.Name = LayerName(layers[0].Digest) }).Encode())
 	lies := ocispec.Manifest{ArtifactType: ArtifactType, Subject: &image, Layers: []ocispec.Descriptor{
-		lie(first, layers[1].Digest), lie(push(t, repo, MediaType, []byte("d4:infodee")), layers[0].Digest), lie(short, layers[0].Digest),
+		lie(first, layers[1].Digest), lie(origintest.Push(t, repo, MediaType, []byte("d4:infodee")), layers[0].Digest), lie(short, layers[0].Digest),
 		lie(first, "nonsense"),
 	}}
-	pushManifest(t, repo, lies)
-	pushManifest(t, repo, ocispec.Manifest{ArtifactType: "application/vnd.example.other", Subject: &image, Layers: lies.Layers})
+	origintest.PushManifest(t, repo, lies)
+	origintest.PushManifest(t, repo, ocispec.Manifest{ArtifactType: "application/vnd.example.other", Subject: &image, Layers: lies.Layers})
 	find(query, torrents[0], merged)
 
 	// A fifth torrent of one layer is not taken.
@@ -164,14 +122,14 @@ func TestFindNothingUsable(t *testing.T) {
 		w.Write(manifest)
 	}))
 	defer s.Close()
-	found, err := Find(testContext(t), repository(t, s.Listener.Addr().String()), Query{Subject: subject, Layers: []ocispec.Descriptor{desc}})
+	found, err := Find(testContext(t), origintest.Repository(t, s.Listener.Addr().String()), Query{Subject: subject, Layers: []ocispec.Descriptor{desc}})
 	if !errors.Is(err, ErrInvalid) || found != nil || !strings.Contains(err.Error(), "another image") {
 		t.Errorf("%v, %v", found, err)
 	}
 }
 
 func TestStoreRefuses(t *testing.T) {
-	repo := repository(t, "127.0.0.1:1")
+	repo := origintest.Repository(t, "127.0.0.1:1")
 	nameless := makeOf(t, 1000, nil)
 	nameless.Layer.Digest = ""
 	for name, torrents := range map[string][]*Torrent{"none": nil, "no digest": {nameless}, "too many": make([]*Torrent, maxEntries+1)} {
@@ -196,7 +154,7 @@ func TestFromQuay(t *testing.T) {
 		io.Copy(w, bytes.NewReader(answer))
 	}))
 	defer s.Close()
-	repo := repository(t, s.Listener.Addr().String())
+	repo := origintest.Repository(t, s.Listener.Addr().String())
 	tor, err := FromQuay(testContext(t), repo, desc)
 	if err != nil {
 		t.Fatal(err)

@@ -14,6 +14,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/origin/origintest"
 	"github.com/docker-quay/docker-quay/snapshotter/index"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
@@ -31,12 +32,12 @@ func from(repo *origin.Repository, image ocispec.Descriptor, l layer) Query {
 // TestStoreAndFind on the real registry: what one publishes others find; the image is as it was.
 func TestStoreAndFind(t *testing.T) {
 	g := registry(t)
-	repo := repository(t, g.Addr())
+	repo := origintest.Repository(t, g.Addr())
 	low, high := layerOf(t, 1, "usr/bin/a", "usr/bin/b"), layerOf(t, 2, "srv/app")
 	image := pushImage(t, repo, "app", low, high)
 	ctx := testContext(t)
 	find := func(l layer) (*index.Index, error) {
-		return NewFinder(FinderOptions{}).Find(ctx, from(repository(t, g.Addr()), image, l))
+		return NewFinder(FinderOptions{}).Find(ctx, from(origintest.Repository(t, g.Addr()), image, l))
 	}
 	if _, err := find(low); !errors.Is(err, ErrNone) {
 		t.Fatalf("before: %v", err)
@@ -65,7 +66,7 @@ func TestStoreAndFind(t *testing.T) {
 
 	// Again: nothing is sent, and the referrer is the same, whoever does it.
 	g.ResetStats()
-	again, pushed, err := Store(ctx, repository(t, g.Addr()), image, all)
+	again, pushed, err := Store(ctx, origintest.Repository(t, g.Addr()), image, all)
 	if err != nil || pushed || again != first {
 		t.Errorf("again: %s, pushed %t, %v; want %s", again, pushed, err, first)
 	}
@@ -103,7 +104,7 @@ func TestStoreAndFind(t *testing.T) {
 // TestHostile: what somebody with the right to push can put there. It is refused, or has no effect on the honest one beside it.
 func TestHostile(t *testing.T) {
 	g := registry(t)
-	repo := repository(t, g.Addr())
+	repo := origintest.Repository(t, g.Addr())
 	l, foreign := layerOf(t, 1, "a", "b"), layerOf(t, 2, "c")
 	lie := func(change func(x *index.Index)) []byte {
 		x := *l.x
@@ -138,10 +139,10 @@ func TestHostile(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			image := pushImage(t, repo, c.name, l)
-			d := push(t, repo, MediaType, c.text)
+			d := origintest.Push(t, repo, MediaType, c.text)
 			d.Annotations = map[string]string{LayerAnnotation: l.desc.Digest.String()}
 			hostile := ocispec.Manifest{ArtifactType: ArtifactType, Subject: &image, Layers: []ocispec.Descriptor{d}}
-			pushManifest(t, repo, hostile)
+			origintest.PushManifest(t, repo, hostile)
 			q := from(repo, image, l)
 			if x, err := NewFinder(FinderOptions{}).Find(testContext(t), q); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("alone: %v, %v, want one with %q", x, err, c.says)
@@ -150,7 +151,7 @@ func TestHostile(t *testing.T) {
 				t.Fatal(err)
 			}
 			hostile.Annotations = map[string]string{"again": "to be the last of the list"}
-			pushManifest(t, repo, hostile)
+			origintest.PushManifest(t, repo, hostile)
 			if x, err := NewFinder(FinderOptions{}).Find(testContext(t), q); err != nil || encoded(t, x) != encoded(t, l.x) {
 				t.Errorf("beside the honest one: %v", err)
 			}

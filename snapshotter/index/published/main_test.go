@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,11 +15,11 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
 
 	"github.com/docker-quay/docker-quay/fetcher/origin"
+	"github.com/docker-quay/docker-quay/fetcher/origin/origintest"
 	"github.com/docker-quay/docker-quay/snapshotter/index"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
@@ -55,25 +54,6 @@ func registry(t *testing.T) *rig.Registry {
 		t.Fatal(err)
 	}
 	return g
-}
-
-// repository opens one at a registry, as somebody with no login.
-func repository(t *testing.T, host string) *origin.Repository {
-	t.Helper()
-	c, err := origin.New(origin.Options{HostDirs: []string{t.TempDir()}, DockerConfigDir: t.TempDir(), MaxRetries: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	ref, err := reference.ParseNormalizedNamed(host + "/team/app")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := c.Repository(ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r
 }
 
 // layer is a layer, compressed, and its index.
@@ -133,36 +113,14 @@ func describe(mediaType string, text []byte) ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(text), Size: int64(len(text))}
 }
 
-// push stores a document in a repository.
-func push(t *testing.T, r *origin.Repository, mediaType string, text []byte) ocispec.Descriptor {
-	t.Helper()
-	d := describe(mediaType, text)
-	if err := r.Push(testContext(t), d, text); err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
-// pushManifest stores a manifest with its empty config.
-func pushManifest(t *testing.T, r *origin.Repository, m ocispec.Manifest) ocispec.Descriptor {
-	t.Helper()
-	m.Versioned, m.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
-	m.Config = push(t, r, ocispec.MediaTypeEmptyJSON, []byte("{}"))
-	text, err := json.Marshal(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return push(t, r, m.MediaType, text)
-}
-
 // pushImage stores an image of layers, told from others by name.
 func pushImage(t *testing.T, r *origin.Repository, name string, layers ...layer) ocispec.Descriptor {
 	t.Helper()
 	m := ocispec.Manifest{Annotations: map[string]string{"name": name}}
 	for _, l := range layers {
-		m.Layers = append(m.Layers, push(t, r, l.desc.MediaType, l.blob))
+		m.Layers = append(m.Layers, origintest.Push(t, r, l.desc.MediaType, l.blob))
 	}
-	return pushManifest(t, r, m)
+	return origintest.PushManifest(t, r, m)
 }
 
 // memory is a repository in memory, which counts, and misbehaves when told so.
