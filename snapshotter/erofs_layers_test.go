@@ -300,9 +300,9 @@ func TestEROFSImplicit(t *testing.T) {
 			PAXRecords: map[string]string{"SCHILY.xattr.user.note": name}}}
 	}
 	layers := []lazytest.Layer{
-		lazytest.Gzip(t, lazytest.Tar(t, dir("d/", 0o700), dir("d/e/", 0o711), file("d/a", "a", 0o600))),
+		lazytest.Gzip(t, lazytest.Tar(t, dir("d/", 0o700), dir("d/e/", 0o711), file("d/a", "a", 0o600), dir("g/", 0o2770))),
 		lazytest.Gzip(t, lazytest.Tar(t, dir("d/", 0o750), file("d/c", "c", 0o600))),
-		lazytest.Gzip(t, lazytest.Tar(t, file("d/e/b", "b", 0o600), file("new/f", "f", 0o600))),
+		lazytest.Gzip(t, lazytest.Tar(t, file("d/e/b", "b", 0o600), file("new/f", "f", 0o600), file("g/h/i/j", "j", 0o600))),
 	}
 	img := lazytest.NewImage()
 	for _, l := range layers {
@@ -313,7 +313,7 @@ func TestEROFSImplicit(t *testing.T) {
 	if d := cmp.Diff([]bool{true, true, true}, ours); d != "" {
 		t.Error("which layers are ours:", d)
 	}
-	want := map[string]string{"d": "750 7:8 d/", "d/e": "711 7:8 d/e/", "new": "755 0:0 "}
+	want := map[string]string{"d": "750 7:8 d/", "d/e": "711 7:8 d/e/", "new": "755 0:0 ", "g": "2770 7:8 g/", "g/h": "755 0:8 ", "g/h/i": "755 0:0 "}
 	for range 2 {
 		r.in(chain[2], func(root string) {
 			for name, want := range want {
@@ -328,7 +328,7 @@ func TestEROFSImplicit(t *testing.T) {
 					t.Errorf("%s is %q, want %q", name, got, want)
 				}
 			}
-			for _, f := range []string{"d/a", "d/c", "d/e/b", "new/f"} {
+			for _, f := range []string{"d/a", "d/c", "d/e/b", "new/f", "g/h/i/j"} {
 				if b, err := os.ReadFile(filepath.Join(root, f)); err != nil || string(b) != f[len(f)-1:] {
 					t.Errorf("%s has %q, %v", f, b, err)
 				}
@@ -337,4 +337,29 @@ func TestEROFSImplicit(t *testing.T) {
 		r.reboot()
 		r.open(nil)
 	}
+}
+
+// TestEROFSInheritedACL: what is made in a directory with a default access control list gets one when it is unpacked. A layer that
+// leaves such a directory out is left to containerd, which unpacks it.
+func TestEROFSInheritedACL(t *testing.T) {
+	acl := "\x02\x00\x00\x00\x01\x00\x07\x00\xff\xff\xff\xff\x04\x00\x05\x00\xff\xff\xff\xff\x20\x00\x05\x00\xff\xff\xff\xff"
+	layers := []lazytest.Layer{
+		lazytest.Gzip(t, lazytest.Tar(t, lazytest.Entry{Header: tar.Header{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o755,
+			PAXRecords: map[string]string{"SCHILY.xattr.system.posix_acl_default": acl}}})),
+		lazytest.Gzip(t, lazytest.Tar(t, file("d/f", "f", 0o600))),
+	}
+	img := lazytest.NewImage()
+	for _, l := range layers {
+		img.Add(l)
+	}
+	r := newEROFS(t, img)
+	chain, ours := r.pull(layers...)
+	if d := cmp.Diff([]bool{true, false}, ours); d != "" {
+		t.Error("which layers are ours:", d)
+	}
+	r.in(chain[1], func(root string) {
+		if b, err := os.ReadFile(filepath.Join(root, "d/f")); err != nil || string(b) != "f" {
+			t.Errorf("%q, %v", b, err)
+		}
+	})
 }

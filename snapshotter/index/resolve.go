@@ -98,6 +98,9 @@ func (t *tree) parent(p string) (*node, string, error) {
 		name, rest, _ = strings.Cut(rest, "/")
 		child := n.children[name]
 		if child == nil {
+			if err := n.noDefaultACL(); err != nil {
+				return nil, "", fmt.Errorf("%q: %w", name, err)
+			}
 			gid := uint32(0)
 			if n.Mode&unix.S_ISGID != 0 {
 				gid = n.GID // as mkdir(2) has it

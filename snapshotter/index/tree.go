@@ -2,6 +2,7 @@ package index
 
 import (
 	"archive/tar"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -134,6 +135,11 @@ func (t *tree) apply(h *tar.Header) (*inode, error) {
 		if n, err = t.create(h); err != nil {
 			return nil, err
 		}
+		if h.Typeflag != tar.TypeLink && h.Typeflag != tar.TypeSymlink {
+			if err := dir.noDefaultACL(); err != nil {
+				return nil, fmt.Errorf("%q: %w", h.Name, err)
+			}
+		}
 		if err := t.put(dir, base, n); err != nil {
 			return nil, err
 		}
@@ -148,6 +154,17 @@ func (t *tree) apply(h *tar.Header) (*inode, error) {
 		return n.inode, nil
 	}
 	return nil, nil
+}
+
+// DefaultACL is the attribute of a directory from which what is made in it gets an access control list, of a kind that
+// depends on the file system. That is left to who unpacks.
+const DefaultACL = "system.posix_acl_default"
+
+func (n *node) noDefaultACL() error {
+	if slices.ContainsFunc(n.Xattrs, func(a Xattr) bool { return a.Name == DefaultACL }) {
+		return errors.New("it is made in a directory that has a default access control list")
+	}
+	return nil
 }
 
 func (t *tree) whiteout(dir *node, name string, h *tar.Header) error {
@@ -255,7 +272,7 @@ func KeptXattr(name string, mode uint32) bool {
 	switch format := mode & unix.S_IFMT; {
 	case strings.HasPrefix(name, "user."):
 		return format == unix.S_IFREG || format == unix.S_IFDIR
-	case name == "system.posix_acl_access", name == "system.posix_acl_default":
+	case name == "system.posix_acl_access", name == DefaultACL:
 		return format != unix.S_IFLNK
 	default:
 		return strings.HasPrefix(name, "security.")

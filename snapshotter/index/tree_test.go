@@ -251,6 +251,29 @@ func describeIndex(x *Index, data []byte) []string {
 	return out
 }
 
+// What is made in a directory with a default access control list gets one itself when it is unpacked, which depends on the file
+// system: such a layer is left to containerd.
+func TestDefaultACL(t *testing.T) {
+	acl := dir("d", pax("SCHILY.xattr.system.posix_acl_default", "\x02\x00\x00\x00"))
+	for name, c := range map[string]struct {
+		in []tarEntry
+		ok bool
+	}{
+		"empty":                {[]tarEntry{acl}, true},
+		"links":                {[]tarEntry{file("f", "x"), acl, link(tar.TypeLink, "d/f", "f"), link(tar.TypeSymlink, "d/l", "f")}, true},
+		"made before":          {[]tarEntry{dir("d"), file("d/f", "x"), acl}, true},
+		"a file":               {[]tarEntry{acl, file("d/f", "x")}, false},
+		"a directory left out": {[]tarEntry{acl, link(tar.TypeSymlink, "d/e/l", "f")}, false},
+	} {
+		stream := makeTar(t, c.in)
+		_, err := Build(context.Background(), bytes.NewReader(stream), descOf(stream), nil, Options{})
+		var not ErrNotIndexable
+		if c.ok && err != nil || !c.ok && !errors.As(err, &not) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // Sparse files of all three kinds that GNU tar writes into PAX come out as they were.
 func TestSparse(t *testing.T) {
 	want := make([]byte, 1_000_000)

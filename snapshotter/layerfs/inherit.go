@@ -66,6 +66,9 @@ func (f *FileSystem) inherit(at string, s *served, parents []string) error {
 		if err := inheritDir(e, parents); err != nil {
 			return fmt.Errorf("the attributes of %q in the layers below cannot be read: %w", e.Path, err)
 		}
+		if slices.ContainsFunc(e.Xattrs, func(a index.Xattr) bool { return a.Name == index.DefaultACL }) {
+			return fmt.Errorf("%q has a default access control list in the layers below: what is in it here would get one, too", e.Path)
+		}
 		if e.Mode&unix.S_ISGID != 0 {
 			group[e.Path] = e.GID
 		}

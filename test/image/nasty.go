@@ -16,7 +16,7 @@ import (
 )
 
 // nastyRecipe changes whenever the same format must give another image.
-const nastyRecipe = "nasty 1"
+const nastyRecipe = "nasty 2"
 
 // Nasty is an image of four layers of all that file systems and layers can say and ordinary images seldom do: each kind of file, owner,
 // time, name, attribute and link at its limits, and layers that remove, replace and bring back what is below, in all ways. What a table of
@@ -252,6 +252,7 @@ func nastyBase(l *nastyLayer) {
 		l.file(fmt.Sprintf("xattrs/same%02d", i), "x", xattr("user.label", "system_u:object_r:container_file_t:s0"), xattr("user.n", fmt.Sprint(i%3)))
 	}
 	l.file("xattrs/acl", "x", xattr("system.posix_acl_access", "\x02\x00\x00\x00\x01\x00\x06\x00\xff\xff\xff\xff\x02\x00\x04\x00\xe8\x03\x00\x00\x04\x00\x04\x00\xff\xff\xff\xff\x10\x00\x04\x00\xff\xff\xff\xff\x20\x00\x04\x00\xff\xff\xff\xff"), mode(0o644))
+	l.dir("xattrs/default acl", xattr("system.posix_acl_default", "\x02\x00\x00\x00\x01\x00\x07\x00\xff\xff\xff\xff\x04\x00\x05\x00\xff\xff\xff\xff\x20\x00\x05\x00\xff\xff\xff\xff"))
 	// These unpackers leave out.
 	l.file("xattrs/left out", "x", xattr("trusted.overlay.opaque", "y"), xattr("trusted.mine", "x"))
 	l.add(tar.TypeFifo, "xattrs/fifo", "", xattr("user.on a fifo", "x"))
