@@ -1,6 +1,7 @@
 // Package image makes the images of the tests, the demo and the benchmarks, from real files: a small one around a static
 // busybox, one of Debian with Python out of Debian's own packages, several more of programs whose start can be watched ([Apps]),
-// one of random bytes and one of files to read. Layers come as plain gzip, eStargz or zstd:chunked.
+// one of random bytes, one of files to read and one of all that is hard to get right in a layer ([Nasty]). Layers come as plain gzip,
+// zstd or tar, eStargz or zstd:chunked.
 //
 // The same input gives the same digests every time, those of Apps excepted: entries are sorted, times are clamped, nothing depends
 // on the clock or the machine. What is made is kept as OCI layouts below a cache folder (build/images), named after everything that goes
