@@ -44,6 +44,12 @@ func entriesOf(b []byte) (all []tarEntry) {
 			h.Mode = int64(b[3])<<4 | int64(b[2])&0o17
 			h.Uid, h.Gid = int(b[3])*1000, int(b[2])
 			h.ModTime = time.Unix(int64(b[2])<<20, int64(b[3]))
+			if b[0]&0x80 != 0 {
+				pax("SCHILY.xattr.security.capability", capability)(h)
+			}
+			if b[0]&0x40 != 0 {
+				pax("SCHILY.xattr.user."+string(rune('a'+b[2]&1)), string(rune('a'+b[3]&15)))(h)
+			}
 		}
 		if n == "" {
 			n = "." // archive/tar writes no entry without a name
