@@ -19,8 +19,10 @@
 //  3. another node that has it says what is in it, or an index of it is published beside its image;
 //  4. all of it is fetched and unpacked, side by side with the image's other layers.
 //
-// After 1 to 3 its bytes may be missing: they come when they are read, and in the
-// background once nobody has waited for any for a while. A layer that cannot be had in these ways
+// Those of 3 are asked at once. After 1 to 3 the layer's bytes may be missing: they come when they are read, and in the
+// background once nobody has waited for any for a while; what the index says is read first comes at once, before the
+// layer is mounted. When a layer is complete that its containers read here, the index for others is made: with what
+// they read first. A layer that cannot be had in these ways
 // (ErrNotIndexable: something in it that an index cannot say) is an error, and containerd unpacks
 // it in its own way.
 //
