@@ -6,6 +6,7 @@ import (
 	"os"
 	"testing"
 
+	"github.com/docker-quay/docker-quay/fetcher/store"
 	"github.com/docker-quay/docker-quay/test/rig"
 )
 
@@ -28,7 +29,8 @@ func TestMeasure(t *testing.T) {
 	}
 	rig.RequireRoot(t)
 	r := rig.ForTest(t)
-	const size, pieces = 8 * mib, 32
+	const size = 8 * mib
+	pieces := int(size / store.PieceSize(size))
 	w, err := newWorld(t.Context(), r, link{name: "loopback"}, size)
 	if errors.Is(err, rig.ErrNoTool) {
 		t.Skip(err)

@@ -6,7 +6,8 @@
 //	overlayfs    containerd alone, on the image as it is
 //	stargz       the stargz snapshotter, on the image converted to eStargz, with no list of files to fetch first
 //	quay-first   docker quay on the image as it is, with the indexes of its layers published beside it; the first node
-//	quay-second  the same on another node, when a first one has run the program and has all of the image
+//	quay-ordered the same, when the indexes were published from a node that had run the program: they say what it reads first
+//	quay-second  the same as quay-first on another node, when a first one has run the program and has all of the image
 //	quay-eager   docker quay with lazy layers turned off
 //
 // bytes_until_first_output is what the machine's link brought, headers included; bytes_read_until_first_output is what the program

@@ -30,8 +30,8 @@ const settle = 20 * time.Second
 type contestant struct {
 	name string
 	kind func(options) candidate.Candidate
-	// second has a peer that ran the program before.
-	second bool
+	// second has a peer that ran the program before; ordered has none, but the index that such a node published.
+	second, ordered bool
 	// eager has all of the image when the pull ends.
 	eager bool
 	index bool // uses an index when there is one
@@ -41,6 +41,7 @@ var contestants = []contestant{
 	{name: "overlayfs", kind: func(options) candidate.Candidate { return candidate.Overlayfs() }, eager: true},
 	{name: "stargz", kind: func(options) candidate.Candidate { return candidate.Stargz() }},
 	{name: "quay-first", kind: lazyQuay, index: true},
+	{name: "quay-ordered", kind: lazyQuay, ordered: true, index: true},
 	{name: "quay-second", kind: lazyQuay, second: true, index: true},
 	{name: "quay-eager", kind: func(o options) candidate.Candidate { return candidate.Quay{Layers: o.layers, Config: o.config} }, eager: true},
 }
@@ -58,6 +59,7 @@ type contest struct {
 	refs    map[image.Format]string
 	indexed bool
 	peer    *candidate.Machine
+	ordered string // the image in a repository of its own, with the index that the peer published; "" before that
 }
 
 // outcome is what one run of one candidate came to.
@@ -146,6 +148,11 @@ func (c *contest) play(ctx context.Context, k contestant, watch bool) (out outco
 		}
 		peers = append(peers, c.peer)
 	}
+	if k.ordered {
+		if ref, err = c.order(ctx, kind); err != nil {
+			return out, err
+		}
+	}
 	m, err := c.world.Start(ctx, kind, here, peers...)
 	if err != nil {
 		return out, err
@@ -182,6 +189,25 @@ func (c *contest) play(ctx context.Context, k contestant, watch bool) (out outco
 		}
 	}
 	return out, errors.Join(err, container.Close())
+}
+
+// order sees to an image whose published index says what the program reads first.
+func (c *contest) order(ctx context.Context, kind candidate.Candidate) (string, error) {
+	if c.ordered != "" {
+		return c.ordered, nil
+	}
+	if err := c.holder(ctx, kind); err != nil {
+		return "", err
+	}
+	ref, err := c.world.Push(ctx, c.images[kind.Format()], c.program.name+"-ordered", kind.Format().String())
+	if err != nil {
+		return "", err
+	}
+	if err := c.peer.Publish(ctx, ref); err != nil {
+		return "", err
+	}
+	c.ordered = ref
+	return ref, nil
 }
 
 // holder sees to a peer that has run the program and has all of its image.

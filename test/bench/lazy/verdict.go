@@ -27,7 +27,7 @@ func verdict(w io.Writer, rows []row, rate rig.Rate) bool {
 			fmt.Fprintf(w, "%s, %s: %s: %s\n", r.Image, r.Candidate, fmt.Sprintf(format, args...), bench.Pass(r.OK && met))
 		}
 		switch r.Candidate {
-		case "quay-first":
+		case "quay-first", "quay-ordered":
 			tell(within(r.ToOverlayfs, acceptFirst) && within(r.ToStargz, acceptFirstStargz),
 				"first output after %.2f × overlayfs (asked: %.2f) and %.2f × stargz (asked: %.2f)", r.ToOverlayfs, acceptFirst, r.ToStargz, acceptFirstStargz)
 		case "quay-second":

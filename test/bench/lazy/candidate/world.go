@@ -86,22 +86,32 @@ var ErrNoIndexer = errors.New("docker quay cannot publish indexes of layers")
 // Publish has docker quay publish the indexes of a pushed image's layers beside it, from the registry's own node: no link carries
 // what that takes.
 func (w *World) Publish(ctx context.Context, repository, tag string) error {
+	err := w.index(ctx, w.place(), w.registry.WriteHosts, "--no-daemon", w.registry.Ref(repository+":"+tag))
+	if err != nil && (strings.Contains(err.Error(), "unknown command") || strings.Contains(err.Error(), "is not a docker command")) {
+		return fmt.Errorf("%w: %w", ErrNoIndexer, err)
+	}
+	return err
+}
+
+// Publish does the same from a machine that has run the image, with what its container read first.
+func (m *Machine) Publish(ctx context.Context, ref string) error {
+	return m.world.index(ctx, m.node, m.world.writeHosts, "--socket", m.quay.Socket, ref)
+}
+
+// index runs `docker quay index` on a node.
+func (w *World) index(ctx context.Context, n *rig.Node, hosts func(root string) error, args ...string) error {
 	home, err := w.rig.Dir("publisher")
 	if err != nil {
 		return err
 	}
-	if err := w.registry.WriteHosts(filepath.Join(home, ".config", "quay", "certs.d")); err != nil {
+	if err := hosts(filepath.Join(home, ".config", "quay", "certs.d")); err != nil {
 		return err
 	}
 	env := []string{
 		"HOME=" + home, "DOCKER_CONFIG=" + filepath.Join(home, ".docker"), "DOCKER_CONTEXT=",
 		"DOCKER_HOST=unix://" + filepath.Join(home, "no-engine.sock"), "XDG_CONFIG_HOME=", "XDG_CACHE_HOME=",
 	}
-	ref := w.registry.Ref(repository + ":" + tag)
-	_, err = w.place().Run(ctx, env, "docker-quay", "index", "--no-daemon", ref)
-	if err != nil && (strings.Contains(err.Error(), "unknown command") || strings.Contains(err.Error(), "is not a docker command")) {
-		return fmt.Errorf("%w: %w", ErrNoIndexer, err)
-	}
+	_, err = n.Run(ctx, env, "docker-quay", append([]string{"index"}, args...)...)
 	return err
 }
 
