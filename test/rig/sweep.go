@@ -198,3 +198,10 @@ func deleteNamespaces(id string) {
 		}
 	}
 }
+
+// Sweep removes a folder of a node whose processes were ended, also when one of them was killed and left on purpose what outlives it:
+// processes with a file below the folder on their command line, and mounts there, whose servers may be gone.
+func Sweep(dir string) error {
+	killUnder(dir)
+	return errors.Join(unmountUnder(dir), os.RemoveAll(dir))
+}

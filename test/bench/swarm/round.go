@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -211,7 +210,7 @@ func (r *round) end(ctx context.Context) error {
 	for _, p := range r.pulls {
 		g.Go(p.stop)
 	}
-	errs := []error{g.Wait(), os.RemoveAll(r.dir)}
+	errs := []error{g.Wait(), rig.Sweep(r.dir)}
 	if s := r.scenario; s.slow > 0 {
 		errs = append(errs, r.world.network.Node(s.slow).SetRate(r.world.rate))
 	}
